@@ -1,0 +1,133 @@
+"""Allocation: one budget -> the sparsity of each tensor.
+
+``uniform`` gives every tensor the same sparsity; ``global`` compares the scores of all tensors with each other, so that each
+tensor gets what the one threshold leaves it. Results are exact fractions: the counts add up to the budget exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from sparsetrain.errors import RecipeError, nearest
+from sparsetrain.patterns import Pattern, Sparsity, UnitPattern, Unstructured, exact
+from sparsetrain.selection import global_threshold
+
+Scores = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What an allocation knows of one tensor: name, pattern, shape ``(out, in, *kernel)``, and its scores on demand.
+
+    ``scores`` gives this rank's entries; ``gathered`` all of them, when the tensor is sharded.
+    """
+
+    name: str
+    pattern: Pattern
+    shape: tuple[int, ...]
+    scores: Scores
+    gathered: Scores
+
+    @property
+    def numel(self) -> int:
+        """Entries of the whole tensor."""
+        return math.prod(self.shape)
+
+
+Allocation = Callable[[Sequence[Share], Sparsity, Callable[[Tensor], Tensor] | None], dict[str, Fraction]]
+
+
+def uniform(
+    shares: Sequence[Share], sparsity: Sparsity, reduce: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Fraction]:
+    """The same sparsity everywhere. Example: ``uniform(shares, 0.9)``."""
+    return {share.name: exact(sparsity) for share in shares}
+
+
+def global_(
+    shares: Sequence[Share], sparsity: Sparsity, reduce: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Fraction]:
+    """One threshold over all tensors: ``floor(sparsity * total)`` entries go, ties to earlier tensors first.
+
+    No tensor loses its last weight. Blocks and slices compare their mean scores; the longest run of lowest units that fits
+    the budget of entries is pruned.
+    Needs patterns of one kind that can be ranked over tensors (``unstructured``, or all blocks, or all slices).
+    """
+    for share in shares:
+        check_global(share.pattern, share.name)
+    if not shares:
+        return {}
+    budget = math.floor(exact(sparsity) * sum(share.numel for share in shares))
+    if all(isinstance(share.pattern, Unstructured) for share in shares):
+        return _global_weights(shares, budget, reduce)
+    if any(isinstance(share.pattern, Unstructured) for share in shares):
+        raise RecipeError("allocation 'global' cannot rank single weights against blocks or slices; use 'uniform'")
+    return _global_units(shares, budget)
+
+
+def check_global(pattern: Pattern, name: str) -> None:
+    """Raise `RecipeError` if a tensor's pattern cannot be ranked against other tensors."""
+    if pattern.row_local or not isinstance(pattern, UnitPattern | Unstructured):
+        raise RecipeError(
+            f"{name}: pattern {pattern} cannot follow a global threshold, its sparsity is fixed row by row or group by group; "
+            "use allocation 'uniform', or pattern 'unstructured'"
+        )
+
+
+def _global_weights(
+    shares: Sequence[Share], budget: int, reduce: Callable[[Tensor], Tensor] | None
+) -> dict[str, Fraction]:
+    threshold = global_threshold([share.scores for share in shares], budget, reduce)
+    counts = list(threshold.counts)
+    if reduce is not None:
+        below, equal = (reduce(torch.tensor(v, dtype=torch.int64)).tolist() for v in (threshold.below, threshold.equal))
+        left = budget - sum(below)
+        for index, (low, tied) in enumerate(zip(below, equal, strict=True)):
+            counts[index] = low + min(left, tied)
+            left -= min(left, tied)
+    full = [share for share, count in zip(shares, counts, strict=True) if count == share.numel]
+    if not full:
+        return {s.name: Fraction(c, s.numel) for s, c in zip(shares, counts, strict=True)}
+    # A dead layer cuts the network in two: it keeps its best weight, the others give one more.
+    kept = {share.name: Fraction(share.numel - 1, share.numel) for share in full}
+    rest = [share for share in shares if share.name not in kept]
+    return kept | _global_weights(rest, budget - sum(share.numel - 1 for share in full), reduce)
+
+
+def _global_units(shares: Sequence[Share], budget: int) -> dict[str, Fraction]:
+    scores, sizes, owner = [], [], []
+    for index, share in enumerate(shares):
+        assert isinstance(share.pattern, UnitPattern)
+        unit = share.pattern.unit_scores(share.gathered()).flatten().double()
+        ones = torch.ones(share.shape)
+        # Every unit's own number of entries: its mean over the tensor of ones is 1, so count by expanding an index.
+        index_of = share.pattern.expand(
+            torch.arange(len(unit)).view(share.pattern.unit_scores(ones).shape), share.shape
+        )
+        scores.append(unit)
+        sizes.append(torch.bincount(index_of.flatten(), minlength=len(unit)))
+        owner.append(torch.full((len(unit),), index))
+    order = torch.sort(torch.cat(scores), stable=True).indices
+    fits = torch.cat(sizes)[order].cumsum(0) <= budget
+    chosen = torch.cat(owner)[order[fits]]
+    # One unit of every tensor stays: a dead layer cuts the network in two.
+    return {
+        share.name: Fraction(min(int((chosen == i).sum()), len(scores[i]) - 1), len(scores[i]))
+        for i, share in enumerate(shares)
+    }
+
+
+NAMES: dict[str, Allocation] = {"uniform": uniform, "global": global_}
+
+
+def get_allocation(name: str) -> Allocation:
+    """Turn a name into an allocation; raises `RecipeError` with the nearest name. Example: ``get_allocation("global")``."""
+    if name not in NAMES:
+        raise RecipeError(f"allocation {name!r} is unknown; known are {', '.join(NAMES)}.{nearest(name, NAMES)}")
+    return NAMES[name]

@@ -1,0 +1,256 @@
+"""Prune, fine-tune, prune again: iterative and gradual magnitude-type pruning in one callback.
+
+When to use it: the first method to try, on any model that trains. Scheduled magnitude pruning is the baseline that more
+elaborate methods must beat (Zhu and Gupta 2017, arXiv 1710.01878; Gale et al. 2019, arXiv 1902.09574).
+
+What it does: at each change of the schedule the criterion scores the weights, the allocation turns the sparsity asked into
+one for each tensor, the pattern selects the masks; in between and after the last change the network trains on. Rounds remove
+a share of the survivors each (``s_r = 1 - (1 - p)^r``, Han et al. 2015, arXiv 1506.02626); gradual schedules follow a curve.
+
+Knobs: ``sparsity`` (absolute, over all targets), ``schedule`` (leave at least a third of the run for final fine-tuning),
+``allocation: global`` (better than uniform at high sparsity), ``recovery`` (a round ends early once the metric is back).
+
+Combines with: any optimizer, LR schedule, AMP, accumulation, clipping, EMA and SWA callbacks, other methods on its masks.
+
+How it fails: too little fine-tuning after the last change shows as a gap that a longer run closes; a learning rate that has
+already decayed when pruning ends cannot repair the damage; uniform sparsity starves small layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from sparsetrain.allocation import check_global, get_allocation
+from sparsetrain.callbacks.base import SparsityCallback, current_step
+from sparsetrain.criteria import Criterion, get_criterion
+from sparsetrain.errors import RecipeError, nearest
+from sparsetrain.masks import MaskedTensor, MaskManager, Override
+from sparsetrain.patterns import Pattern, exact, parse_pattern
+from sparsetrain.pruning import final_sparsity, prune, validate
+from sparsetrain.schedules import Clock, Curve, OneShot, Rounds, Schedule
+from sparsetrain.targets import Targets
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """End a round as soon as the validation metric has recovered; at the latest after the schedule's ``every``.
+
+    Recovered: within ``tolerance`` of the best value before the first round, or no better for ``patience`` validations.
+    """
+
+    monitor: str = "val/accuracy"
+    mode: Literal["max", "min"] = "max"
+    tolerance: float = 0.0
+    patience: int = 3
+
+
+class PruneFinetune(SparsityCallback):
+    """Prune to ``sparsity`` on a schedule, fine-tune in between and after.
+
+    Args:
+        sparsity: final fraction of zeros over the targets, in [0, 1); may be left out where the pattern has only one.
+        pattern: ``"unstructured"``, ``"unstructured:row"``, ``"2:4"``, ``"block:16x16"``, ``"neurons"``, ``"channels"``.
+        criterion: what scores a weight, by name or as a `Criterion`.
+        allocation: ``"uniform"`` or ``"global"``.
+        schedule: when; by default 5 rounds, one an epoch, after the first tenth of the run (N:M: once, then).
+        targets: which tensors; see `Targets`.
+        overrides: another pattern or sparsity by regular expression of names; sparsity 0 leaves a tensor dense.
+        recovery: end rounds early; needs a `Rounds` schedule.
+
+    A tensor whose pattern has only one sparsity (N:M) inside a run that goes by several steps is pruned at the first of them.
+    Raises `PatternError`, `TargetError` or `RecipeError` when it is set up on a model that cannot do what is asked.
+
+    Example: ``Trainer(callbacks=[PruneFinetune(sparsity=0.9, allocation="global")])``.
+    """
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        pattern: Pattern | str = "unstructured",
+        criterion: Criterion | str = "magnitude",
+        allocation: str = "uniform",
+        schedule: Schedule | None = None,
+        targets: Targets | None = None,
+        overrides: dict[str, Override] | None = None,
+        recovery: Recovery | None = None,
+    ) -> None:
+        super().__init__()
+        self.pattern = parse_pattern(pattern)
+        self.sparsity = sparsity if sparsity is None else float(exact(sparsity))
+        self.criterion = get_criterion(criterion)
+        self.allocation = allocation
+        get_allocation(allocation)
+        fixed = self.pattern.sparsity is not None
+        self.schedule = schedule or (OneShot("10%") if fixed else Rounds(rounds=5))
+        if fixed and schedule is not None and not isinstance(schedule, OneShot):
+            raise RecipeError(
+                f"pattern {self.pattern} has only sparsity {float(self.pattern.sparsity or 0):g} and cannot follow "
+                f"{type(schedule).__name__}; use schedule OneShot"
+            )
+        if recovery is not None and not isinstance(self.schedule, Rounds):
+            raise RecipeError(
+                f"recovery ends rounds early; schedule {type(self.schedule).__name__} has none, use Rounds"
+            )
+        self.targets = targets or Targets()
+        self.overrides = overrides or {}
+        self.recovery = recovery
+        #: Called with the trainer once, right before the first weight is pruned.
+        self.before_first_change: Callable[[Trainer], None] | None = None
+        self._curves: dict[float, Curve] = {}
+        self._done = 0
+        self._last = 0
+        self._reference: float | None = None
+        self._best: float | None = None
+        self._bad = 0
+        self._early = False
+
+    # -- building ---------------------------------------------------------------------------------------------------------
+
+    def create_manager(self, model: nn.Module) -> MaskManager:
+        """A manager for the targets, pattern and overrides."""
+        return MaskManager(model, self.targets, self.pattern, self.overrides)
+
+    def validate(self) -> None:
+        """Every tensor can reach what is asked of it, by a schedule it can follow."""
+        validate(self.masks, self.sparsity)
+        if self.allocation == "global":
+            for tensor in self.masks:
+                if tensor.goal is None:
+                    check_global(tensor.pattern, tensor.name)
+
+    def curves(self, clock: Clock) -> dict[float, Curve]:
+        """The resolved schedule for every final sparsity among the tensors; raises `RecipeError` if it does not fit."""
+        goals = {float(final_sparsity(t, self.sparsity)) for t in self.masks if t.pattern.sparsity is None}
+        # A run of fixed patterns alone still has its one change.
+        goals = {g for g in goals if g > 0} or {float(final_sparsity(t, self.sparsity)) for t in self.masks}
+        return {goal: self.schedule.resolve(goal, clock) for goal in goals if goal > 0}
+
+    # -- running ----------------------------------------------------------------------------------------------------------
+
+    def on_begin(self, trainer: Trainer, resumed: bool) -> None:
+        """Resolve the schedule against this run; prune at once if it starts at step 0."""
+        self._curves = self.curves(clock_of(trainer))
+        if not self._curves:
+            raise RecipeError(
+                "every target is asked for sparsity 0: nothing would be pruned; raise sparsity or drop overrides"
+            )
+        if not resumed:
+            self._done, self._early, self._reference, self._best, self._bad = 0, False, None, None, 0
+            # A second fit() goes on from where the masks are; its clock starts where the trainer's does.
+            self.on_step(trainer, current_step(trainer))
+
+    @property
+    def _steps(self) -> list[int]:
+        return sorted({step for curve in self._curves.values() for step, _ in curve.points})
+
+    def on_step(self, trainer: Trainer, step: int) -> None:
+        """Change the masks if a change is due."""
+        steps = self._steps
+        if self.recovery is not None and self._done:
+            every = steps[1] - steps[0] if len(steps) > 1 else 0
+            due = self._done < len(steps) and (self._early or step >= self._last + every)
+            target = self._done if due else self._done - 1
+        else:
+            target = sum(s <= step for s in steps) - 1
+        if target < self._done:
+            return
+        if self._done == 0 and self.before_first_change is not None and step > 0:
+            self.before_first_change(trainer)
+        self._apply(steps[target], step, f"round {target + 1} of {len(steps)}")
+        self._done, self._last, self._early, self._best, self._bad = target + 1, step, False, None, 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """A round that has recovered ends before the next batch."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._early:
+            self.on_step(trainer, current_step(trainer))
+            self.log_sparsity(trainer)
+
+    def _apply(self, point: int, step: int, why: str) -> None:
+        own: dict[str, Any] = {}
+        shared: list[MaskedTensor] = []
+        for tensor in self.masks:
+            goal = float(final_sparsity(tensor, self.sparsity))
+            if tensor.pattern.sparsity is not None:
+                own[tensor.name] = tensor.pattern.sparsity if goal else 0.0
+            elif tensor.goal is not None or self.allocation == "uniform":
+                now = self._curves[goal].at(point) if goal else 0.0
+                # Never regrow: a model that starts sparser than the schedule waits until the schedule has caught up.
+                own[tensor.name] = max(tensor.sparsity, exact(now))
+            else:
+                shared.append(tensor)
+        budget: Any = self.sparsity
+        if shared and self.sparsity is not None:
+            counts = self.masks.counts()
+            pruned = sum(counts[t.name][0] for t in shared) / sum(counts[t.name][1] for t in shared)
+            budget = self._curves[self.sparsity].at(point)
+            if pruned > budget:
+                own |= {t.name: t.sparsity for t in shared}
+        prune(self.masks, budget, criterion=self.criterion, allocation=self.allocation, own=own, step=step, why=why)
+
+    def on_validated(self, trainer: Trainer) -> None:
+        """Watch the metric for recovery."""
+        if self.recovery is None:
+            return
+        monitor = self.recovery.monitor
+        if monitor not in trainer.callback_metrics:
+            known = [str(name) for name in trainer.callback_metrics]
+            raise RecipeError(
+                f"recovery.monitor {monitor!r} is not logged; logged are {', '.join(known)}.{nearest(monitor, known)}"
+            )
+        sign = 1 if self.recovery.mode == "max" else -1
+        value = sign * float(trainer.callback_metrics[monitor])
+        if not self._done:
+            self._reference = value if self._reference is None else max(self._reference, value)
+            return
+        improved = self._best is None or value > self._best
+        self._best = value if self._best is None else max(self._best, value)
+        self._bad = 0 if improved else self._bad + 1
+        back = self._reference is not None and value >= self._reference - self.recovery.tolerance
+        self._early = self._done < len(self._steps) and (back or self._bad >= self.recovery.patience)
+
+    # -- remembering ------------------------------------------------------------------------------------------------------
+
+    def method_state(self) -> dict[str, Any]:
+        """Where in the schedule it is."""
+        return {
+            "done": self._done,
+            "last": self._last,
+            "early": self._early,
+            "reference": self._reference,
+            "best": self._best,
+            "bad": self._bad,
+        }
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._done, self._last, self._early = state["done"], state["last"], state["early"]
+        self._reference, self._best, self._bad = state["reference"], state["best"], state["bad"]
+
+    def shortfall(self) -> str | None:
+        """Training stopped before the schedule had ended."""
+        steps = self._steps
+        if self._done >= len(steps):
+            return None
+        return (
+            f"training ended after {self._done} of {len(steps)} changes of the masks, at sparsity {self.masks.sparsity():.4f}; "
+            f"the rest was due by step {steps[-1]}. Train longer, or let the schedule end earlier"
+        )
+
+
+def clock_of(trainer: Trainer) -> Clock:
+    """The length of a run as far as the trainer knows it; see `current_step` for what a step is."""
+    batches = trainer.num_training_batches
+    if not trainer.lightning_module.automatic_optimization:
+        known = math.isfinite(batches) and trainer.max_epochs not in (None, -1)
+        total = int(batches) * int(trainer.max_epochs or 0) if known else None
+        return Clock(total, int(batches) if math.isfinite(batches) else None)
+    total_steps = trainer.estimated_stepping_batches
+    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else None
+    return Clock(int(total_steps) if math.isfinite(total_steps) and total_steps >= 0 else None, per_epoch)

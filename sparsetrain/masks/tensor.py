@@ -1,0 +1,95 @@
+"""One tensor under the mask manager, the overrides it may carry, and the record of how its mask changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sparsetrain.masks import sharding
+from sparsetrain.patterns import Pattern, exact
+from sparsetrain.targets import Target
+
+
+@dataclass(frozen=True)
+class Override:
+    """Another pattern or sparsity for the tensors whose name a regular expression matches; sparsity 0 leaves them dense.
+
+    Example: ``{"fc3": Override(sparsity=0.5), "fc1": Override(pattern="2:4")}``.
+    """
+
+    pattern: str | Pattern | None = None
+    sparsity: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.sparsity is not None:
+            exact(self.sparsity)
+
+
+@dataclass(frozen=True)
+class MaskChange:
+    """One change of one mask: what died, what grew, when and why."""
+
+    step: int
+    tensor: str
+    died: int
+    grew: int
+    why: str
+
+
+@dataclass
+class MaskedTensor:
+    """One tensor under the manager. ``mask`` is this rank's part in stored layout, None while the tensor is dense."""
+
+    target: Target
+    pattern: Pattern
+    goal: float | None = None
+    sparsity: Fraction = Fraction(0)
+    mask: Tensor | None = None
+    _bound: nn.Parameter | None = field(default=None, repr=False)
+    _handle: RemovableHandle | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The plain name of the tensor."""
+        return self.target.name
+
+    def full_mask(self) -> Tensor:
+        """The whole mask, stored layout, gathered if sharded (then every rank must call it)."""
+        parameter = self.target.parameter
+        if self.mask is None:
+            return torch.ones(tuple(parameter.shape), dtype=torch.bool, device=sharding.local(parameter).device)
+        whole = sharding.full(sharding.like(self.mask.view(torch.uint8), parameter))
+        return whole.contiguous().view(torch.bool)
+
+    def bind(self) -> nn.Parameter:
+        """Hook the gradient of the parameter there is now (sharding and ``to()`` replace parameters), and return it."""
+        parameter = self.target.parameter
+        if parameter is not self._bound or (self._handle is None and parameter.requires_grad):
+            self.unbind()
+            self._bound = parameter
+            if parameter.requires_grad:
+                self._handle = parameter.register_post_accumulate_grad_hook(self._mask_gradient)  # type: ignore[no-untyped-call]
+        return parameter
+
+    def unbind(self) -> None:
+        """Take the hook off."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = self._bound = None
+
+    @torch.no_grad()
+    def _mask_gradient(self, parameter: Tensor) -> None:
+        if self.mask is None or parameter.grad is None:
+            return
+        grad = sharding.local(parameter.grad)
+        if grad.is_sparse:
+            grad = grad.coalesce()
+            values = grad.values() * self.mask[grad.indices()[0]]
+            parameter.grad = torch.sparse_coo_tensor(grad.indices(), values, grad.shape, is_coalesced=True)
+        else:
+            # uint8 view: multiplying by a large bool tensor runs at a fraction of the memory bandwidth.
+            grad.mul_(self.mask.view(torch.uint8))

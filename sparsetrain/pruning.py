@@ -1,0 +1,111 @@
+"""Prune: criterion scores, allocation says how much where, the manager selects, checks and installs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sparsetrain.allocation import Share, get_allocation
+from sparsetrain.criteria import Criterion, get_criterion
+from sparsetrain.errors import PatternError
+from sparsetrain.masks import MaskManager, sharding
+from sparsetrain.masks.tensor import MaskChange, MaskedTensor
+from sparsetrain.patterns import Sparsity
+
+
+def final_sparsity(tensor: MaskedTensor, sparsity: Sparsity | None) -> Sparsity:
+    """What a tensor is to reach: its override, else what was asked for all, else the one sparsity its pattern has.
+
+    Raises `PatternError` if nothing says. Example: 0.5 for a 2:4 tensor when ``sparsity`` is None.
+    """
+    if tensor.goal is not None:
+        return tensor.goal
+    if sparsity is not None:
+        return sparsity
+    if tensor.pattern.sparsity is None:
+        raise PatternError(
+            f"{tensor.name}: how sparse? Pattern {tensor.pattern} can have any sparsity; give one, such as 0.9"
+        )
+    return tensor.pattern.sparsity
+
+
+def validate(manager: MaskManager, sparsity: Sparsity | None) -> None:
+    """Raise `PatternError` naming the first tensor that cannot reach what is asked of it; nothing is changed."""
+    for tensor in manager:
+        final = final_sparsity(tensor, sparsity)
+        try:
+            tensor.pattern.validate(tensor.target.view_shape, final)
+        except PatternError as error:
+            raise PatternError(f"{tensor.name}: {error}") from error
+
+
+@torch.no_grad()
+def prune(
+    manager: MaskManager,
+    sparsity: Sparsity | None = None,
+    *,
+    criterion: Criterion | str = "magnitude",
+    allocation: str = "uniform",
+    own: Mapping[str, Sparsity] | None = None,
+    step: int = 0,
+    why: str = "prune",
+) -> list[MaskChange]:
+    """Prune a manager's tensors to an absolute sparsity (not a share of what is left).
+
+    Args:
+        manager: the masks.
+        sparsity: fraction of zeros in [0, 1); may be left out where the pattern has only one (2:4 is 0.5).
+        criterion: a `Criterion` or its name.
+        allocation: ``"uniform"`` or ``"global"``.
+        own: sparsities of single tensors, outside the common budget; by default the goals their overrides set.
+        step: recorded with the change.
+        why: recorded with the change.
+
+    Example: ``prune(manager, 0.9, criterion="magnitude", allocation="global")``.
+    """
+    score = get_criterion(criterion)
+    if own is None:
+        own = {t.name: t.goal for t in manager if t.goal is not None}
+        validate(manager, sparsity)
+    shared = [t for t in manager if t.name not in own]
+    spread = get_allocation(allocation)
+    reduce = sharding.reducer([t.target.parameter for t in shared])
+    by_goal: dict[Sparsity, list[MaskedTensor]] = {}
+    for tensor in shared:
+        by_goal.setdefault(final_sparsity(tensor, sparsity), []).append(tensor)
+    plan: dict[str, Sparsity] = dict(own)
+    for goal, tensors in by_goal.items():
+        plan |= spread([_share(t, score, step) for t in tensors], goal, reduce)
+    return [
+        manager.update(t.name, plan[t.name], _scores(t, score, step), step=step, why=why)
+        for t in manager
+        if plan[t.name] or t.mask is not None
+    ]
+
+
+def _scores(tensor: MaskedTensor, criterion: Criterion, step: int) -> Tensor:
+    parameter = tensor.target.parameter.detach()
+    if criterion.elementwise or sharding.local(parameter) is parameter:
+        return criterion.score(sharding.local(parameter), name=tensor.name, step=step)
+    scores = criterion.score(sharding.full(parameter), name=tensor.name, step=step)
+    return sharding.take_local(scores, parameter)
+
+
+def _share(tensor: MaskedTensor, criterion: Criterion, step: int) -> Share:
+    """What the allocation sees; pruned weights rank below every other, as they will when the mask is selected."""
+    layout = tensor.target.layout
+    parameter = tensor.target.parameter
+
+    def scores() -> Tensor:
+        values = _scores(tensor, criterion, step)
+        return values if tensor.mask is None else values.masked_fill(~tensor.mask, -torch.inf)
+
+    return Share(
+        tensor.name,
+        tensor.pattern,
+        tensor.target.view_shape,
+        lambda: layout.view(scores()),
+        lambda: layout.view(sharding.full(sharding.like(scores(), parameter))),
+    )

@@ -1,0 +1,129 @@
+"""What the terminal prints after a run: dense against sparse, and the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from sparsetrain.report.wording import (
+    change_text,
+    diverged,
+    failures,
+    label,
+    number,
+    percent,
+    shape_text,
+    times,
+    value_text,
+)
+
+
+def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, float | None, float | None, float | None]]:
+    """Return (name, dense, final, best) for every recorded metric, the run's own first, ``error`` beside accuracy.
+
+    Error is 1 - accuracy and is added only where accuracy is a share of one and no error was recorded.
+
+    Example: ``metric_rows({"metric": "test/accuracy", "final": {"test/accuracy": 0.9}})`` has two rows.
+    """
+    columns = [metrics.get(key) or {} for key in ("dense", "final", "best")]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    names.sort(key=lambda name: name != metrics.get("metric"))
+    rows: list[tuple[str, float | None, float | None, float | None]] = []
+    for name in names:
+        values = [column.get(name) for column in columns]
+        rows.append((name, *values))
+        opposite = name[: -len("accuracy")] + "error"
+        if name.endswith("accuracy") and opposite not in names and all(v is None or 0 <= v <= 1 for v in values):
+            rows.append((opposite, *(None if value is None else 1 - value for value in values)))
+    return rows
+
+
+def _verified(metrics: Mapping[str, Any]) -> Text:
+    problems = failures(metrics)
+    if problems:
+        return Text(f"NO: {len(problems)} problem{'s' if len(problems) > 1 else ''}", style="bold red")
+    return Text("yes", style="bold green") if metrics.get("verified") else Text("not checked", style="yellow")
+
+
+def result_table(metrics: Mapping[str, Any]) -> Table:
+    """Return the table of a run: one row a metric, columns dense, sparse, change (and best when recorded).
+
+    ``metrics`` is the content of metrics.json; dense, best and flops may be null. Problems are listed below.
+
+    Example: ``rich.print(result_table(metrics))``.
+    """
+    best = bool(metrics.get("best"))
+    title = "DIVERGED: no result" if diverged(metrics) else str(metrics.get("recipe") or "result")
+    table = Table(
+        title=Text(title, style="bold red" if diverged(metrics) else "bold"), title_justify="left", min_width=72
+    )
+    table.add_column("")
+    for name in ("dense", "sparse", "change", *(["best"] if best else [])):
+        table.add_column(name, justify="right")
+
+    def add(*cells: str | Text) -> None:
+        table.add_row(*cells[: 5 if best else 4])
+
+    for name, dense, final, top in metric_rows(metrics):
+        add(
+            label(name),
+            value_text(name, dense),
+            value_text(name, final),
+            change_text(name, dense, final),
+            value_text(name, top),
+        )
+    sparsity = metrics.get("sparsity") or {}
+    if sparsity:
+        asked = f"asked {percent(sparsity['asked'])}" if sparsity.get("asked") is not None else ""
+        factor = f"{times(sparsity['compression'])} fewer" if sparsity.get("compression") else ""
+        table.add_section()
+        add("sparsity", "0 %", percent(sparsity["actual"]), asked, "")
+        add("weights kept", number(sparsity["prunable"]), number(sparsity["kept"]), factor, "")
+    if flops := metrics.get("flops"):
+        saved = change_text("flops", flops["dense"], flops["sparse"])
+        add("FLOPs, zeros skipped", number(flops["dense"]), number(flops["sparse"]), saved, "")
+    table.add_section()
+    add("verified", "", _verified(metrics), "", "")
+    notes = [f"dense: {metrics['dense_from']}"] if metrics.get("dense") and metrics.get("dense_from") else []
+    notes += [f"problem: {problem}" for problem in failures(metrics)]
+    notes += [str(metrics["message"])] if diverged(metrics) and metrics.get("message") else []
+    if notes:
+        table.caption = Text("\n".join(notes), style="red" if failures(metrics) or diverged(metrics) else "dim")
+        table.caption_justify = "left"
+    return table
+
+
+def layer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return one line a tensor: name, shape, pattern, sparsity asked and actual, weights kept, ok; problems in red.
+
+    ``rows`` is ``metrics["layers"]``.
+
+    Example: ``rich.print(layer_table(metrics["layers"]))``.
+    """
+    table = Table(title=Text("layers", style="bold"), title_justify="left")
+    table.add_column("tensor", overflow="fold")
+    table.add_column("shape", no_wrap=True)
+    table.add_column("pattern")
+    for name in ("asked", "actual", "kept", "ok"):
+        table.add_column(name, justify="right", no_wrap=True)
+    problems: list[str] = []
+    for row in rows:
+        good = row.get("ok") is not False
+        name = str(row["name"]) + "".join(f"\n  = {alias}" for alias in row.get("aliases") or [])
+        asked = "–" if row.get("asked") is None else percent(row["asked"])
+        cells = (
+            name,
+            shape_text(row["shape"]),
+            str(row["pattern"]),
+            asked,
+            percent(row["actual"]),
+            number(row["kept"]),
+        )
+        problems += [] if good else [f"{row['name']}: {row.get('problem') or 'does not hold'}"]
+        table.add_row(*(Text(cell) for cell in cells), Text("yes" if good else "NO"), style="" if good else "bold red")
+    if problems:
+        table.caption, table.caption_justify = Text("\n".join(problems), style="red"), "left"
+    return table
