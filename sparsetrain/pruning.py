@@ -77,7 +77,7 @@ def prune(
         by_goal.setdefault(final_sparsity(tensor, sparsity), []).append(tensor)
     plan: dict[str, Sparsity] = dict(own)
     for goal, tensors in by_goal.items():
-        plan |= spread([_share(t, score, step) for t in tensors], goal, reduce)
+        plan |= spread([_share(t, score, step, whole=reduce is None) for t in tensors], goal, reduce)
     return [
         manager.update(t.name, plan[t.name], _scores(t, score, step), step=step, why=why)
         for t in manager
@@ -93,8 +93,11 @@ def _scores(tensor: MaskedTensor, criterion: Criterion, step: int) -> Tensor:
     return sharding.take_local(scores, parameter)
 
 
-def _share(tensor: MaskedTensor, criterion: Criterion, step: int) -> Share:
-    """What the allocation sees; pruned weights rank below every other, as they will when the mask is selected."""
+def _share(tensor: MaskedTensor, criterion: Criterion, step: int, whole: bool) -> Share:
+    """What the allocation sees; pruned weights rank below every other, as they will when the mask is selected.
+
+    ``whole``: ranks have no sum of counts in common (some tensors are sharded otherwise, or not), each counts everything.
+    """
     layout = tensor.target.layout
     parameter = tensor.target.parameter
 
@@ -102,10 +105,8 @@ def _share(tensor: MaskedTensor, criterion: Criterion, step: int) -> Share:
         values = _scores(tensor, criterion, step)
         return values if tensor.mask is None else values.masked_fill(~tensor.mask, -torch.inf)
 
-    return Share(
-        tensor.name,
-        tensor.pattern,
-        tensor.target.view_shape,
-        lambda: layout.view(scores()),
-        lambda: layout.view(sharding.full(sharding.like(scores(), parameter))),
-    )
+    def gathered() -> Tensor:
+        return layout.view(sharding.full(sharding.like(scores(), parameter)))
+
+    mine = gathered if whole else lambda: layout.view(scores())
+    return Share(tensor.name, tensor.pattern, tensor.target.view_shape, mine, gathered)

@@ -22,7 +22,7 @@ from sparsetrain.errors import PatternError
 Scores = Callable[[], Tensor]
 Sum = Callable[[Tensor], Tensor]
 
-CHUNK = 1 << 18  # entries a pass touches at once: 1 MiB of float32, in or near a core's L2 cache
+CHUNK = 1 << 19  # entries a pass touches at once: 2 MiB of float32, still in cache, and worth starting threads for
 SAMPLE_EVERY = 256  # one entry of this many is drawn to bracket a threshold
 COMPARE_GROUP = 16  # above this group size a selection per row costs less than comparing all pairs
 
@@ -157,19 +157,19 @@ def _bracketed(scores: Sequence[Scores], count: int) -> tuple[float, list[tuple[
 
 
 def _bracket(scores: Sequence[Scores], count: int) -> tuple[float, float]:
-    """Two scores five standard deviations of a sampled quantile either side of the wanted one; infinite at the ends."""
-    generator, total, drawn = torch.Generator().manual_seed(0), 0, [torch.empty(0, dtype=torch.float64)]
+    """Two scores four standard deviations of a sampled quantile either side of the wanted one; infinite at the ends."""
+    generator, total, drawn = torch.Generator().manual_seed(0), 0, [torch.empty(0)]
     for get in scores:
         tensor = get()
         take = (total + tensor.numel()) // SAMPLE_EVERY - total // SAMPLE_EVERY  # the same share of small tensors too
         total += tensor.numel()
         if take:  # random places: a regular stride would see only some columns of a matrix
             at = torch.randint(tensor.numel(), (take,), generator=generator).to(tensor.device)
-            drawn.append(tensor[torch.unravel_index(at, tensor.shape)].reshape(-1).cpu().double())
+            drawn.append(tensor[torch.unravel_index(at, tensor.shape)].reshape(-1).cpu())
         del tensor  # before the next one is made
     _refuse_count(count, total, "of all tensors")
     sample, share = torch.cat(drawn).sort().values, count / max(1, total)
-    margin = 5 * (len(sample) * share * (1 - share)) ** 0.5 + 5
+    margin = 4 * (len(sample) * share * (1 - share)) ** 0.5 + 5
     first, last = int(len(sample) * share - margin), int(len(sample) * share + margin) + 1
     return float(sample[first]) if first > 0 else -torch.inf, float(sample[last]) if last < len(sample) else torch.inf
 
@@ -221,7 +221,7 @@ def _radix(scores: Sequence[Scores], count: int, reduce: Sum) -> float:
 def _digits(scores: Tensor, kind: torch.dtype, shift: int, low: int) -> Tensor:
     counts = torch.zeros(1 << 16, dtype=torch.int64)
     for piece, _ in _pieces(scores, kind):
-        bits = (piece + 0.0).view(torch.int64 if kind == torch.float64 else torch.int32)  # + 0.0 turns -0.0 into 0.0
+        bits = piece.view(torch.int64 if kind == torch.float64 else torch.int32)
         digit = (_ordered(bits) >> shift) - low
         counts += torch.bincount(digit[(digit >= 0) & (digit < 1 << 16)], minlength=1 << 16).cpu()
     return counts

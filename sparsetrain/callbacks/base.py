@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
 from typing import Any
@@ -11,7 +12,9 @@ from torch import nn
 
 from sparsetrain.callbacks.exact_resume import ExactResume
 from sparsetrain.errors import MaskStateError, PatternError, RecipeError
-from sparsetrain.masks import MaskManager, Verification
+from sparsetrain.masks import MaskedTensor, MaskManager, Verification
+from sparsetrain.patterns import Sparsity
+from sparsetrain.schedules import Clock, Curve
 
 
 class SparsityCallback(Callback):
@@ -52,6 +55,24 @@ class SparsityCallback(Callback):
 
     def on_validated(self, trainer: Trainer) -> None:
         """A validation inside training has ended."""
+
+    #: One threshold over all tensors decides how much each of them loses.
+    is_global = False
+
+    def final(self, tensor: MaskedTensor) -> Sparsity | None:
+        """The sparsity a tensor is to reach in the end (under a global threshold: all of them together); None: as it is."""
+        return None
+
+    def asked(self) -> float | None:
+        """The final sparsity asked for over all targets; None for a method that asks for none."""
+        goals = [(self.final(t), math.prod(t.target.shape)) for t in self.masks]
+        if any(goal is None for goal, _ in goals):
+            return None
+        return sum(float(goal or 0) * numel for goal, numel in goals) / sum(numel for _, numel in goals)
+
+    def curves(self, clock: Clock) -> dict[float, Curve]:
+        """The resolved schedule for every final sparsity among the tensors; empty for a method without one."""
+        return {}
 
     def shortfall(self) -> str | None:
         """What the method was asked for and has not reached, or None."""

@@ -69,6 +69,24 @@ def watch(fetcher: Any, resume: ExactResume) -> None:
     fetcher.__class__ = type("WatchedFetcher", (plain,), members)
 
 
+def finish_epoch(trainer: Trainer) -> None:
+    """Let the counters agree that an epoch is over, if the checkpoint was written right at its end.
+
+    Lightning 2.6 leaves its restart flags set then: with ``max_steps`` it counts one epoch too many, and checkpoints of the
+    resumed run are taken for finished epochs when they are resumed in turn.
+    """
+    loop = trainer.fit_loop
+    epochs: Any = loop.epoch_progress
+    if not (epochs.current.ready and epochs.current.ready == epochs.current.processed and loop.epoch_loop.restarting):
+        return
+    loop.reset_restart_stage()
+    epochs.current.completed, epochs.total.completed = epochs.current.processed, epochs.total.processed
+    batches = loop.epoch_loop.batch_progress.current
+    if batches.ready == batches.completed:
+        loop.epoch_loop.restarting = False
+        loop._restarting = False
+
+
 class ExactResume:
     """Owned by a sparsity callback, which calls these hooks; see the module's text."""
 
@@ -103,6 +121,8 @@ class ExactResume:
             isinstance(loader, DataLoader) and not hasattr(loader, "load_state_dict") for loader in loaders.flattened
         )
         pending, self._pending = self._pending, None
+        if pending is not None:
+            finish_epoch(trainer)
         self.batches, self._skip = 0, 0
         self._iterator_streams, self._batch_streams = capture(), None
         if pending is not None:

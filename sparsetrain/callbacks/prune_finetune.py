@@ -31,7 +31,7 @@ from sparsetrain.callbacks.base import SparsityCallback, current_step
 from sparsetrain.criteria import Criterion, get_criterion
 from sparsetrain.errors import RecipeError, nearest
 from sparsetrain.masks import MaskedTensor, MaskManager, Override
-from sparsetrain.patterns import Pattern, exact, parse_pattern
+from sparsetrain.patterns import Pattern, Sparsity, exact, parse_pattern
 from sparsetrain.pruning import final_sparsity, prune, validate
 from sparsetrain.schedules import Clock, Curve, OneShot, Rounds, Schedule
 from sparsetrain.targets import Targets
@@ -124,11 +124,20 @@ class PruneFinetune(SparsityCallback):
                 if tensor.goal is None:
                     check_global(tensor.pattern, tensor.name)
 
+    @property
+    def is_global(self) -> bool:  # type: ignore[override]
+        """One threshold over all tensors decides."""
+        return self.allocation == "global"
+
+    def final(self, tensor: MaskedTensor) -> Sparsity:
+        """Its override, else what is asked of all, else the one sparsity its pattern has."""
+        return final_sparsity(tensor, self.sparsity)
+
     def curves(self, clock: Clock) -> dict[float, Curve]:
         """The resolved schedule for every final sparsity among the tensors; raises `RecipeError` if it does not fit."""
-        goals = {float(final_sparsity(t, self.sparsity)) for t in self.masks if t.pattern.sparsity is None}
+        goals = {float(self.final(t)) for t in self.masks if t.pattern.sparsity is None}
         # A run of fixed patterns alone still has its one change.
-        goals = {g for g in goals if g > 0} or {float(final_sparsity(t, self.sparsity)) for t in self.masks}
+        goals = {g for g in goals if g > 0} or {float(self.final(t)) for t in self.masks}
         return {goal: self.schedule.resolve(goal, clock) for goal in goals if goal > 0}
 
     # -- running ----------------------------------------------------------------------------------------------------------
@@ -176,7 +185,7 @@ class PruneFinetune(SparsityCallback):
         own: dict[str, Any] = {}
         shared: list[MaskedTensor] = []
         for tensor in self.masks:
-            goal = float(final_sparsity(tensor, self.sparsity))
+            goal = float(self.final(tensor))
             if tensor.pattern.sparsity is not None:
                 own[tensor.name] = tensor.pattern.sparsity if goal else 0.0
             elif tensor.goal is not None or self.allocation == "uniform":

@@ -12,6 +12,11 @@ buy nothing, and Lightning leaves a loader that it does not know as it is: it in
   and Lightning then forgets to hand the loader its state. ``ResumableDataModule`` therefore also carries it in the data
   module's own state. A bare loader given to ``fit`` resumes exactly only without such a schedule.
 
+Two limits are Lightning's own, in its loops and out of a loader's reach. With ``max_steps``, a checkpoint written at the end
+of a training epoch resumes with one epoch too many counted. After resuming from the last batch of an epoch, checkpoints
+of the *resumed* run are taken for finished epochs; with ``accumulate_grad_batches`` or ``limit_train_batches`` a second
+resume then differs.
+
 Ranks: the loader deals batches itself. All ranks draw the same permutation and split each *global* batch (``batch_size``
 on every rank), so two ranks with batches of 50 see the samples of one process with batches of 100, step for step, the
 seed is the data's own, and no sample is repeated to fill a batch: a metric over a validation set counts each sample once.

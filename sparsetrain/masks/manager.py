@@ -57,8 +57,8 @@ class MaskManager:
         pattern: Pattern | str = "unstructured",
         overrides: Mapping[str, Override] | None = None,
     ) -> None:
-        self.model = model
-        matched = (targets or Targets()).match(model)
+        self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        matched = (targets or Targets()).match(self.model)
         self.skipped = matched.skipped
         self.unclaimed: dict[str, str] = {}
         self.changes: list[MaskChange] = []
@@ -79,12 +79,13 @@ class MaskManager:
 
     def __getitem__(self, name: str) -> MaskedTensor:
         plain = plain_name(name)
-        for tensor in self.tensors.values():
+        for tensor in self:
             if plain == tensor.name or plain in tensor.target.aliases:
                 return tensor
         raise TargetError(f"{name!r} is no target of this manager.{nearest(plain, self.tensors)}")
 
     def __iter__(self) -> Iterator[MaskedTensor]:
+        sharding.reshard(self.model)
         return iter(self.tensors.values())
 
     @property
@@ -97,11 +98,7 @@ class MaskManager:
         result = {}
         for tensor in self:
             parameter = tensor.target.parameter
-            dead = 0 if tensor.mask is None else int(tensor.mask.numel() - tensor.mask.sum())
-            if shard := sharding.RowShard.of(parameter):
-                dead = sum(shard.gather(dead))
-            elif tensor.mask is not None and sharding.local(parameter) is not parameter:
-                dead = int((~tensor.full_mask()).sum())
+            dead = 0 if tensor.mask is None else sharding.total([~tensor.mask], parameter)[0]
             result[tensor.name] = (dead, math.prod(parameter.shape))
         return result
 
@@ -194,8 +191,7 @@ class MaskManager:
         tensor = self[name]
         parameter = tensor.target.parameter
         old = torch.ones_like(mask) if tensor.mask is None else tensor.mask
-        whole = sharding.full(sharding.like(mask.view(torch.uint8), parameter)).contiguous().view(torch.bool)
-        tensor.pattern.check(tensor.target.layout.view(whole), sparsity)
+        sharding.check(tensor.pattern, mask, parameter, tensor.target.layout, sparsity)
         died, grew = old & ~mask, mask & ~old
         tensor.mask = mask.contiguous() if exact(sparsity) else None
         tensor.sparsity = exact(sparsity)
@@ -210,10 +206,7 @@ class MaskManager:
                 sharding.local(copy[tensor.name]).masked_fill_(dead, 0.0)
         for optimizer, _ in self.optimizers:
             forget(optimizer, parameter, changed)
-        counts = torch.stack([died.sum(), grew.sum()])
-        if shard := sharding.RowShard.of(parameter):
-            counts = shard.sum(counts)
-        change = MaskChange(step, tensor.name, int(counts[0]), int(counts[1]), why)
+        change = MaskChange(step, tensor.name, *sharding.total([died, grew], parameter), why)
         if change.died or change.grew:
             self.changes.append(change)
         return change

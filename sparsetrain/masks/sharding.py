@@ -2,7 +2,7 @@
 
 FSDP2 shards dimension 0. Rows, N:M groups and blocks that do not cross a shard select shard-locally (blocks exchange one
 number each); a whole-tensor or global threshold all-reduces radix counts; anything else gathers that one tensor. Plain
-tensors (one process, DDP) take the ordinary path. Pure torch.
+tensors (one process, DDP) take the ordinary path. A mask that is wrong on one rank is refused on all. Pure torch.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from sparsetrain.errors import PatternError
 from sparsetrain.patterns import Block, Pattern, Sparsity, Unstructured
+from sparsetrain.patterns.base import require_count
 from sparsetrain.selection import global_threshold, prune_lowest
 from sparsetrain.targets import Layout
 
@@ -48,14 +51,19 @@ def like(values: Tensor, parameter: Tensor) -> Tensor:
 
 
 def take_local(values: Tensor, parameter: Tensor) -> Tensor:
-    """The part of full values that belongs to this rank."""
+    """The part of full values that belongs to this rank; every rank has them all, nothing is sent."""
     if not isinstance(parameter, DTensor):
         return values
-    if values.dtype != torch.bool:
-        return distribute_tensor(values.contiguous(), parameter.device_mesh, parameter.placements).to_local()
-    # distribute_tensor moves data by collectives that not every backend has for bool.
-    spread = distribute_tensor(values.contiguous().view(torch.uint8), parameter.device_mesh, parameter.placements)
-    return spread.to_local().view(torch.bool)
+    mine = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+    return mine.clone(memory_format=torch.contiguous_format)  # a view would keep the whole alive
+
+
+def reshard(model: nn.Module) -> None:
+    """Take back the gathered parameters that FSDP2 leaves in a model's root after a forward pass without a backward."""
+    if dist.is_available() and dist.is_initialized():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class RowShard:
     group: dist.ProcessGroup
     rank: int
     chunk: int
+    device: str
 
     @staticmethod
     def of(parameter: Tensor) -> RowShard | None:
@@ -75,26 +84,69 @@ class RowShard:
         if not (isinstance(placement, Shard) and placement.dim == 0 and type(placement) is Shard):
             return None
         mesh = parameter.device_mesh
-        return RowShard(mesh.get_group(), mesh.get_local_rank(), math.ceil(parameter.shape[0] / mesh.size()))
+        chunk = math.ceil(parameter.shape[0] / mesh.size())
+        return RowShard(mesh.get_group(), mesh.get_local_rank(), chunk, mesh.device_type)
 
     def sum(self, counts: Tensor) -> Tensor:
         """All-reduce by summing."""
-        dist.all_reduce(counts, group=self.group)
-        return counts
+        total = counts.to(self.device, copy=True)  # NCCL moves nothing that is on the CPU
+        dist.all_reduce(total, group=self.group)
+        return total.to(counts.device)
 
     def gather(self, value: int) -> list[int]:
         """One integer of every rank, in rank order."""
-        mine = torch.tensor([value], dtype=torch.int64)
+        mine = torch.tensor([value], dtype=torch.int64, device=self.device)
         everyone = [torch.zeros_like(mine) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(everyone, mine, group=self.group)
         return [int(v) for v in everyone]
 
 
 def reducer(parameters: list[Tensor]) -> Reduce | None:
-    """The all-reduce that sums counts over the ranks that hold shards of these parameters; None if none is sharded."""
-    shards = [RowShard.of(p) for p in parameters if isinstance(p, DTensor)]
-    known = [s for s in shards if s is not None]
+    """The all-reduce that sums counts over the ranks that hold these parameters' rows; None if not all are held so."""
+    shards = [RowShard.of(p) for p in parameters]
+    known = [s for s in shards if s is not None and s.group == (shards[0] and shards[0].group)]
     return known[0].sum if known and len(known) == len(parameters) else None
+
+
+def total(flags: list[Tensor], parameter: Tensor) -> list[int]:
+    """How many are True in each of some bool tensors (this rank's parts), over all ranks."""
+    if shard := RowShard.of(parameter):
+        return [int(n) for n in shard.sum(torch.stack([f.sum() for f in flags]))]
+    return [int(torch.count_nonzero(full(like(f.view(torch.uint8), parameter)))) for f in flags]
+
+
+def agreed(problem: str | None, parameter: Tensor) -> str | None:
+    """The first problem that any rank has with its rows of a tensor, the same on every rank."""
+    shard = RowShard.of(parameter)
+    if shard is None:
+        return problem
+    found: list[str | None] = [None] * dist.get_world_size(shard.group)
+    dist.all_gather_object(found, problem, group=shard.group)
+    return next((p for p in found if p is not None), None)
+
+
+def check(pattern: Pattern, mask: Tensor, parameter: Tensor, layout: Layout, sparsity: Sparsity) -> None:
+    """Raise `PatternError`, on every rank, unless the whole mask has its pattern; ``mask`` is this rank's part.
+
+    Every rank of the mesh must call it.
+    """
+    shape, shard = layout.shape(parameter.shape), RowShard.of(parameter)
+    if shard is not None and pattern == Unstructured():
+        return require_count(total([~mask], parameter)[0], pattern.pruned(shape, sparsity), "weights")
+    if shard is None or layout.transposed or not pattern.row_local:
+        whole = full(like(mask.view(torch.uint8), parameter)).contiguous().view(torch.bool)
+        return pattern.check(layout.view(whole), sparsity)
+    pattern.validate(shape, sparsity)
+    problem = None
+    try:
+        if mask.numel():
+            pattern.check(mask, sparsity)
+    except PatternError as error:
+        problem = f"{error} (counted from row {shard.rank * shard.chunk}, rank {shard.rank})"
+    problem = agreed(problem, parameter)
+    if problem is not None:
+        raise PatternError(problem)
+    return None
 
 
 def select(pattern: Pattern, scores: Tensor, parameter: Tensor, layout: Layout, sparsity: Sparsity) -> Tensor:
@@ -129,7 +181,8 @@ def _select_blocks(pattern: Block, scores: Tensor, parameter: DTensor, sparsity:
     shape = tuple(parameter.shape)
     columns = math.prod(shape[1:])
     grid = (math.ceil(shape[0] / pattern.rows), math.ceil(columns / pattern.cols))
-    mine = pattern.unit_scores(scores) if scores.numel() else scores.new_zeros((0, grid[1]), dtype=torch.float32)
+    kind = torch.promote_types(scores.dtype, torch.float32)
+    mine = pattern.unit_scores(scores) if scores.numel() else scores.new_zeros((0, grid[1]), dtype=kind)
     units = DTensor.from_local(
         mine, parameter.device_mesh, parameter.placements, run_check=False, shape=torch.Size(grid), stride=(grid[1], 1)
     )

@@ -1,0 +1,144 @@
+"""From a parsed recipe to objects: the only place where names become objects, so that there is one mask manager."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from safetensors.torch import load_file
+from torch import nn
+
+from sparsetrain.callbacks import SparsityCallback
+from sparsetrain.errors import MaskStateError, RecipeError, SparsetrainError, nearest
+from sparsetrain.masks.verification import adopt_zeros
+from sparsetrain.recipe.schema import recipe_parser
+
+
+@dataclass
+class Built:
+    """What a recipe becomes."""
+
+    model: nn.Module
+    data: LightningDataModule | None
+    method: SparsityCallback | None
+    callbacks: list[Callback] = field(default_factory=list)
+
+
+@contextmanager
+def as_recipe_error(what: str) -> Iterator[None]:
+    """Turn what a class raises about its arguments into a `RecipeError` that says whose arguments they are."""
+    try:
+        yield
+    except SparsetrainError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"{what} could not be built: {type(error).__name__}: {error}") from error
+
+
+def build(config: Namespace, *, only: tuple[str, ...] = ("model", "data", "method", "callbacks")) -> Built:
+    """Instantiate a recipe's objects. The method is bound to the model at once, so that what cannot work fails here.
+
+    Weights of ``init_from`` are loaded, with their masks (or their zeros as masks). Raises `RecipeError` and its kin.
+    """
+    made: dict[str, Any] = {}
+    for key in only:
+        made[key] = instantiate(config, key)
+    model, method = made["model"], made.get("method")
+    if method is not None:
+        method.use(model)
+    if config.init_from is not None and "data" in only:
+        start_from(Path(config.init_from), model, method)
+    return Built(model, made.get("data"), method, made.get("callbacks") or [])
+
+
+def instantiate(config: Namespace, key: str) -> Any:
+    """The objects of one key of a recipe, and no others."""
+    part = ArgumentParser(exit_on_error=False, parser_mode="recipe")
+    part._actions.extend(action for action in recipe_parser()._actions if action.dest == key)
+    with as_recipe_error(key), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return part.instantiate(Namespace({key: config[key]}))[key]  # type: ignore[no-untyped-call]
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, a run directory or a safetensors file: at least ``state_dict``. Raises `MaskStateError`."""
+    if path.is_dir():
+        found = [path / "checkpoints" / name for name in ("final.ckpt", "last.ckpt")] + [path / "model.safetensors"]
+        existing = [candidate for candidate in found if candidate.is_file()]
+        if not existing:
+            raise MaskStateError(
+                f"{path} holds no checkpoint; looked for {', '.join(str(c.relative_to(path)) for c in found)}"
+            )
+        path = existing[0]
+    if not path.is_file():
+        raise MaskStateError(f"checkpoint {str(path)!r} is no file")
+    try:
+        if path.suffix == ".safetensors":
+            return {"state_dict": load_file(str(path))}
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise MaskStateError(
+            f"{path} cannot be read as a checkpoint: it is truncated or of another kind ({error})"
+        ) from error
+    if not isinstance(content, dict):
+        raise MaskStateError(f"{path} holds a {type(content).__name__}, no checkpoint")
+    if "state_dict" in content:
+        return content
+    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        return {"state_dict": content}
+    raise MaskStateError(f"{path} has no 'state_dict'; its keys are {', '.join(map(str, list(content)[:8]))}")
+
+
+def saved_masks(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """The mask state that a sparsity callback left in a checkpoint, or None."""
+    for state in (checkpoint.get("callbacks") or {}).values():
+        if isinstance(state, dict) and "masks" in state:
+            return dict(state["masks"])
+    return None
+
+
+def start_from(path: Path, model: nn.Module, method: SparsityCallback | None) -> None:
+    """Load weights into a model, and their masks (else their zeros) into the method's manager."""
+    checkpoint = read_weights(path)
+    weights = checkpoint["state_dict"]
+    own = model.state_dict()
+    for name, value in weights.items():
+        if name not in own:
+            raise MaskStateError(
+                f"{path} is of another model: it has {name!r}, which this one has not.{nearest(name, own)}"
+            )
+        if tuple(value.shape) != tuple(own[name].shape):
+            raise MaskStateError(
+                f"{path} is of another model: {name} has shape {tuple(value.shape)}, here it is {tuple(own[name].shape)}"
+            )
+    missing = [name for name in own if name not in weights]
+    if missing:
+        raise MaskStateError(
+            f"{path} is of another model: it lacks {missing[0]!r}"
+            + f" and {len(missing) - 1} more" * (len(missing) > 1)
+        )
+    model.load_state_dict(weights)
+    if method is None or method.manager is None:
+        return
+    state = saved_masks(checkpoint)
+    if state is not None:
+        method.manager.load_state_dict(state, str(path))
+    else:
+        method.manager.unclaimed = adopt_zeros(method.manager)
+
+
+def require_lightning(model: nn.Module) -> LightningModule:
+    """Raise `RecipeError` if the model of a recipe is a plain network, which says nothing about training."""
+    if not isinstance(model, LightningModule):
+        raise RecipeError(
+            f"model is a {type(model).__name__}, which is no LightningModule: wrap it in a task, for example "
+            "class_path: Classification with init_args.network"
+        )
+    return model

@@ -1,0 +1,96 @@
+"""FLOPs of one forward pass of one sample, dense and with pruned weights left out.
+
+A weight used at ``p`` positions of a sample costs ``2 p`` floating-point operations (a multiply and an add). Counted are the
+layers that `sparsetrain.targets` knows, by one forward pass on the meta device; what an unstructured mask saves on paper is
+no promise of speed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor, nn
+
+from sparsetrain.masks import MaskManager
+
+
+def positions(model: nn.Module, example: Any) -> dict[str, int]:
+    """How often each Linear and convolution weight is used in a forward pass of ``example``, by the layer's name."""
+    used: dict[str, int] = {}
+
+    def count(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            weight = getattr(module, "weight", None)
+            if isinstance(output, Tensor) and isinstance(weight, Tensor):
+                outputs = weight.shape[1 if type(module).__name__ == "Conv1D" else 0]
+                used[name] = used.get(name, 0) + output.numel() // outputs
+
+        return hook
+
+    kinds = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D")
+    handles = [
+        module.register_forward_hook(count(name))
+        for name, module in model.named_modules()
+        if any(kind.__name__ in kinds for kind in type(module).__mro__)
+    ]
+    try:
+        with torch.no_grad():
+            model(**example) if isinstance(example, dict) else model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return used
+
+
+def example_input(model: nn.Module, data: LightningDataModule | None) -> Any:
+    """One sample on the meta device: the model's own example, the data's first, or a transformers model's dummy inputs."""
+    given = getattr(model, "example_input_array", None)
+    if isinstance(given, Tensor):
+        return given[:1].to("meta")
+    for attribute in ("test_set", "train_set"):
+        dataset = getattr(data, attribute, None)
+        if dataset is not None and len(dataset):
+            return dataset.__getitems__([0])[0].to("meta")
+    for module in model.modules():
+        dummy = getattr(module, "dummy_inputs", None)
+        if isinstance(dummy, dict) and all(isinstance(value, Tensor) for value in dummy.values()):
+            return {name: value[:1].to("meta") for name, value in dummy.items()}
+    return None
+
+
+def flops(
+    model: nn.Module, manager: MaskManager | None, data: LightningDataModule | None = None
+) -> dict[str, float] | None:
+    """``{"dense": ..., "sparse": ...}`` for one sample, or None where no example input can be had or traced."""
+    try:
+        example = example_input(model, data)
+        if example is None:
+            return None
+        shadow = model if next(model.parameters()).is_meta else _to_meta(model)
+        shadow.eval()
+        used = positions(shadow, example)
+    except Exception:  # a model may do anything in forward; a count that cannot be had is no reason to fail a run
+        return None
+    weights = dict(shadow.named_parameters(remove_duplicate=False))
+    alive = {} if manager is None else {name: 1 - dead / numel for name, (dead, numel) in manager.counts().items()}
+    dense = sparse = 0.0
+    for name, count in used.items():
+        cost = 2.0 * count * math.prod(weights[f"{name}.weight"].shape)
+        dense += cost
+        sparse += cost * alive.get(f"{name}.weight", 1.0)
+    return {"dense": dense, "sparse": sparse} if dense else None
+
+
+def _to_meta(model: nn.Module) -> nn.Module:
+    trainer = getattr(model, "_trainer", None)
+    if trainer is not None:
+        model._trainer = None  # type: ignore[assignment]
+    try:
+        return copy.deepcopy(model).to("meta")
+    finally:
+        if trainer is not None:
+            model._trainer = trainer

@@ -1,0 +1,206 @@
+"""Plan: a dry run against the real model, built on the meta device, so that it costs no memory and hardly any time.
+
+What it says: which tensors match and which are left dense and why, what divides and what does not, target counts a layer,
+the sparsity curve, parameters, mask memory, FLOPs before and after. Contradictions are problems, all of them at once.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule
+from torch import nn
+
+from sparsetrain.callbacks import SparsityCallback
+from sparsetrain.errors import PatternError, RecipeError, SparsetrainError
+from sparsetrain.masks import MaskManager
+from sparsetrain.patterns import UnitPattern
+from sparsetrain.recipe.build import instantiate
+from sparsetrain.recipe.flops import example_input, positions
+from sparsetrain.recipe.schema import load_recipe
+from sparsetrain.schedules import Clock
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One row of a plan; ``prune`` counts weights (an estimate for ragged blocks), None under a global threshold."""
+
+    name: str
+    tied: tuple[str, ...]
+    shape: tuple[int, ...]
+    pattern: str
+    sparsity: float | None
+    prune: int | None
+    problem: str | None
+
+
+@dataclass
+class Plan:
+    """What `plan` found. ``problems`` empty means: this recipe can do what it asks."""
+
+    tensors: list[PlannedTensor] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    parameters: int = 0
+    prunable: int = 0
+    pruned: int = 0
+    mask_bytes: int = 0
+    checkpoint_bytes: int = 0
+    flops: dict[str, float] | None = None
+    clock: Clock = field(default_factory=lambda: Clock(None, None))
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def plan(recipe: Path, overrides: Sequence[str] = ()) -> Plan:
+    """Plan a recipe. Raises `RecipeError` for one that cannot be read; what contradicts itself is in ``problems``.
+
+    Example: ``plan(Path("recipes/quickstart.yaml"), ["--method.sparsity", "0.95"]).problems``.
+    """
+    config = load_recipe(recipe, overrides)
+    if config.method is None:
+        raise RecipeError("the recipe has no method: it trains dense, there is nothing to plan")
+    result = Plan()
+    with torch.device("meta"):
+        model = instantiate(config, "model")
+    method: SparsityCallback = instantiate(config, "method")
+    result.parameters = sum(p.numel() for p in model.parameters())
+    try:
+        manager = method.create_manager(model)
+    except SparsetrainError as error:
+        result.problems.append(str(error))
+        return result
+    method.manager = manager
+    result.skipped = manager.skipped
+    _fill_tensors(result, method, manager)
+    try:
+        method.validate()
+    except SparsetrainError as error:
+        if not any(str(error) == problem for problem in result.problems) and not result.problems:
+            result.problems.append(str(error))
+    data = _load_data(config, result)
+    _fill_curve(result, config, method, data)
+    _fill_flops(result, model, data)
+    return result
+
+
+def _fill_tensors(result: Plan, method: SparsityCallback, manager: MaskManager) -> None:
+    for tensor in manager:
+        shape = tensor.target.view_shape
+        numel = math.prod(shape)
+        problem, final, count = None, None, None
+        try:
+            final = method.final(tensor)
+            if final is not None:
+                tensor.pattern.validate(shape, final)
+                count = _pruned_weights(tensor.pattern, shape, final)
+        except PatternError as error:
+            problem = str(error)
+            result.problems.append(f"{tensor.name}: {problem}")
+        result.prunable += numel
+        result.pruned += count or 0
+        result.mask_bytes += numel
+        result.checkpoint_bytes += math.ceil(numel / 8)
+        free = method.is_global and tensor.goal is None
+        result.tensors.append(
+            PlannedTensor(
+                tensor.name,
+                tensor.target.aliases,
+                tensor.target.shape,
+                str(tensor.pattern),
+                None if free or final is None else float(final),
+                None if free else count,
+                problem,
+            )
+        )
+
+
+def _pruned_weights(pattern: Any, shape: tuple[int, ...], sparsity: Fraction | float) -> int:
+    pruned = int(pattern.pruned(shape, sparsity))
+    if isinstance(pattern, UnitPattern):
+        return round(pruned * math.prod(shape) / pattern.units(shape))
+    return pruned
+
+
+def _load_data(config: Namespace, result: Plan) -> LightningDataModule | None:
+    if config.data is None:
+        result.notes.append("no data in the recipe: epochs have no length in steps")
+        return None
+    data: LightningDataModule = instantiate(config, "data")
+    try:
+        data.prepare_data()
+        data.setup("fit")
+    except SparsetrainError as error:
+        result.problems.append(str(error))
+        return None
+    return data
+
+
+def _fill_curve(result: Plan, config: Namespace, method: SparsityCallback, data: LightningDataModule | None) -> None:
+    result.clock = _clock(config, data)
+    try:
+        curves = method.curves(result.clock)
+    except RecipeError as error:
+        result.problems.append(str(error))
+        return
+    if curves:
+        result.curve = list(curves[max(curves)].points)
+
+
+def _clock(config: Namespace, data: LightningDataModule | None) -> Clock:
+    per_epoch = None
+    if data is not None:
+        batches = len(data.train_dataloader())
+        limit = config.trainer.limit_train_batches
+        if isinstance(limit, float) and limit < 1:
+            batches = int(batches * limit)
+        elif isinstance(limit, int):
+            batches = min(batches, limit)
+        per_epoch = math.ceil(batches / config.trainer.accumulate_grad_batches)
+    totals = []
+    if config.trainer.max_steps not in (None, -1):
+        totals.append(config.trainer.max_steps)
+    # Lightning's own default, when neither is given.
+    epochs = config.trainer.max_epochs if config.trainer.max_epochs is not None else (None if totals else 1000)
+    if epochs not in (None, -1) and per_epoch:
+        totals.append(epochs * per_epoch)
+    return Clock(min(totals) if totals else None, per_epoch)
+
+
+def _fill_flops(result: Plan, model: nn.Module, data: LightningDataModule | None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            example = example_input(model, data)
+            used = {} if example is None else positions(model.eval(), example)
+        except Exception as error:  # a model may do anything in forward; the rest of the plan stands without
+            result.notes.append(
+                f"FLOPs not counted: the model does not run on the meta device ({type(error).__name__})"
+            )
+            return
+    if not used:
+        result.notes.append("FLOPs not counted: no example input (set the model's example_input_array)")
+        return
+    weights = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
+    kept = {t.name: 1 - t.prune / math.prod(t.shape) for t in result.tensors if t.prune is not None}
+    share = 1 - result.pruned / result.prunable if result.prunable else 1.0
+    planned = {t.name for t in result.tensors}
+    dense = sparse = 0.0
+    for name, count in used.items():
+        weight = f"{name}.weight"
+        cost = 2.0 * count * weights[weight]
+        dense += cost
+        sparse += cost * (kept.get(weight, share) if weight in planned else 1.0)
+    result.flops = {"dense": dense, "sparse": sparse}
+    if len(kept) < len(planned):
+        result.notes.append(
+            "FLOPs after pruning are an estimate: the global threshold decides how much each tensor loses"
+        )
