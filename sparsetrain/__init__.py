@@ -1,1 +1,77 @@
-"""Training-time sparsity on PyTorch Lightning: masks that hold through every optimizer step."""
+"""Training-time sparsity on PyTorch Lightning: masks that hold through every optimizer step.
+
+In plain PyTorch two lines make a model sparse and keep it so; this example runs as it stands::
+
+    import torch, sparsetrain
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+    optimizer = torch.optim.AdamW(model.parameters())
+    manager = sparsetrain.MaskManager(model, pattern="2:4").attach(optimizer)
+    sparsetrain.prune(manager, 0.5)
+
+In Lightning one callback does: ``Trainer(callbacks=[sparsetrain.PruneFinetune(sparsity=0.9)])``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sparsetrain.criteria import Criterion, Magnitude, Random
+from sparsetrain.errors import SparsetrainError
+from sparsetrain.masks import MaskManager, Override, load_masks
+from sparsetrain.patterns import NM, Block, Pattern, Slices, Unstructured
+from sparsetrain.pruning import prune
+from sparsetrain.schedules import Cosine, Cubic, Exponential, Linear, OneShot, Piecewise, Rounds, Schedule
+from sparsetrain.targets import Targets
+
+if TYPE_CHECKING:
+    from sparsetrain.callbacks import KeepMasks, PruneFinetune, Recovery, SparsityCallback
+    from sparsetrain.data import VisionData
+    from sparsetrain.tasks import Classification
+
+#: Names that need Lightning, imported when they are first asked for: plain PyTorch users do not wait for it.
+_LIGHTNING = {
+    "Classification": "tasks",
+    "KeepMasks": "callbacks",
+    "PruneFinetune": "callbacks",
+    "Recovery": "callbacks",
+    "SparsityCallback": "callbacks",
+    "VisionData": "data",
+}
+
+__all__ = [
+    "NM",
+    "Block",
+    "Classification",
+    "Cosine",
+    "Criterion",
+    "Cubic",
+    "Exponential",
+    "KeepMasks",
+    "Linear",
+    "Magnitude",
+    "MaskManager",
+    "OneShot",
+    "Override",
+    "Pattern",
+    "Piecewise",
+    "PruneFinetune",
+    "Random",
+    "Recovery",
+    "Rounds",
+    "Schedule",
+    "Slices",
+    "SparsetrainError",
+    "SparsityCallback",
+    "Targets",
+    "Unstructured",
+    "VisionData",
+    "load_masks",
+    "prune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LIGHTNING:
+        raise AttributeError(f"module 'sparsetrain' has no attribute {name!r}")
+    return getattr(import_module(f"sparsetrain.{_LIGHTNING[name]}"), name)

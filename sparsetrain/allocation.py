@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from sparsetrain.errors import RecipeError, nearest
+from sparsetrain.errors import PatternError, RecipeError, nearest
 from sparsetrain.patterns import Pattern, Sparsity, UnitPattern, Unstructured, exact
 from sparsetrain.selection import global_threshold
 
@@ -63,11 +63,20 @@ def global_(
         check_global(share.pattern, share.name)
     if not shares:
         return {}
-    budget = math.floor(exact(sparsity) * sum(share.numel for share in shares))
+    total = sum(share.numel for share in shares)
+    budget = math.floor(exact(sparsity) * total)
     if all(isinstance(share.pattern, Unstructured) for share in shares):
+        if budget > total - len(shares):
+            raise PatternError(
+                f"sparsity {float(sparsity):g} of {total} weights leaves {total - budget} for {len(shares)} tensors, and each "
+                "keeps one at least; ask for a lower sparsity, or leave small tensors out (targets.exclude)"
+            )
         return _global_weights(shares, budget, reduce)
-    if any(isinstance(share.pattern, Unstructured) for share in shares):
-        raise RecipeError("allocation 'global' cannot rank single weights against blocks or slices; use 'uniform'")
+    if len({type(share.pattern) for share in shares}) > 1:
+        kinds = ", ".join(sorted({str(share.pattern) for share in shares}))
+        raise RecipeError(
+            f"allocation 'global' cannot rank patterns of several kinds ({kinds}) against each other; use 'uniform'"
+        )
     return _global_units(shares, budget)
 
 
@@ -80,9 +89,7 @@ def check_global(pattern: Pattern, name: str) -> None:
         )
 
 
-def _global_weights(
-    shares: Sequence[Share], budget: int, reduce: Callable[[Tensor], Tensor] | None
-) -> dict[str, Fraction]:
+def _global_weights(shares: Sequence[Share], budget: int, reduce: Callable[[Tensor], Tensor] | None) -> dict[str, Fraction]:
     threshold = global_threshold([share.scores for share in shares], budget, reduce)
     counts = list(threshold.counts)
     if reduce is not None:
@@ -104,12 +111,10 @@ def _global_units(shares: Sequence[Share], budget: int) -> dict[str, Fraction]:
     scores, sizes, owner = [], [], []
     for index, share in enumerate(shares):
         assert isinstance(share.pattern, UnitPattern)
-        unit = share.pattern.unit_scores(share.gathered()).flatten().double()
+        unit = share.pattern.unit_scores(share.gathered()).flatten().double().cpu()
         ones = torch.ones(share.shape)
         # Every unit's own number of entries: its mean over the tensor of ones is 1, so count by expanding an index.
-        index_of = share.pattern.expand(
-            torch.arange(len(unit)).view(share.pattern.unit_scores(ones).shape), share.shape
-        )
+        index_of = share.pattern.expand(torch.arange(len(unit)).view(share.pattern.unit_scores(ones).shape), share.shape)
         scores.append(unit)
         sizes.append(torch.bincount(index_of.flatten(), minlength=len(unit)))
         owner.append(torch.full((len(unit),), index))

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Console(stderr=True, highlight=False, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), str(error)))
         code = 2
     except KeyboardInterrupt:
-        print("interrupted; go on with --ckpt_path last", file=sys.stderr)
+        print("interrupted; a run goes on with --ckpt_path last", file=sys.stderr)
         code = 130
     sys.exit(code)
 
@@ -106,26 +106,30 @@ def _recipe_arguments(command: str, arguments: list[str]) -> tuple[argparse.Name
     import textwrap
 
     parser = _parser(command, textwrap.fill(_EXTRA, 100))
-    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.yaml")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where it goes; run: runs/<recipe>, plan: no files")
     if command == "run":
         parser.add_argument("--ckpt_path", metavar="CKPT", help="go on from a checkpoint, or from this run's own: last")
     parser.add_argument("--keys", action="store_true", help="list every key of a recipe")
     known, overrides = parser.parse_known_args(arguments)
-    stray = [text for index, text in enumerate(overrides) if index == 0 and not text.startswith("-")]
-    if stray:
-        parser.error(f"unexpected argument {stray[0]!r}: overrides are written --key value")
+    if known.keys:
+        from sparsetrain.recipe import recipe_parser
+
+        recipe_parser(f"sparsetrain {command}").print_help()
+    elif known.recipe is None or not arguments or arguments[0].startswith("-"):
+        parser.error("the recipe comes first, options after it")
+    elif overrides and not overrides[0].startswith("-"):
+        parser.error(f"unexpected argument {overrides[0]!r}: overrides are written --key value")
     return known, overrides
 
 
 def _run(arguments: list[str]) -> int:
     known, overrides = _recipe_arguments("run", arguments)
+    if known.keys:
+        return 0
     from sparsetrain.recipe import load_recipe, recipe_parser, run
     from sparsetrain.report import result_table
 
-    if known.keys:
-        recipe_parser().print_help()
-        return 0
     if any(text.startswith("--print_config") for text in overrides):
         config = load_recipe(known.recipe, [text for text in overrides if not text.startswith("--print_config")])
         print(recipe_parser().dump(config, skip_none=False), end="")
@@ -141,13 +145,12 @@ def _run(arguments: list[str]) -> int:
 
 def _plan(arguments: list[str]) -> int:
     known, overrides = _recipe_arguments("plan", arguments)
-    from sparsetrain.recipe import plan, recipe_parser
+    if known.keys:
+        return 0
+    from sparsetrain.recipe import plan
     from sparsetrain.report import plot_sparsity_curve
     from sparsetrain.report.plan import print_plan
 
-    if known.keys:
-        recipe_parser().print_help()
-        return 0
     found = plan(known.recipe, overrides)
     print_plan(asdict(found), Console())
     if known.out is not None and found.curve and found.clock.total_steps:
@@ -161,9 +164,7 @@ def _plan(arguments: list[str]) -> int:
 def _verify(arguments: list[str]) -> int:
     parser = _parser("verify")
     parser.add_argument("path", type=Path, metavar="CKPT_OR_DIR")
-    parser.add_argument(
-        "--pattern", help="what the zeros of a checkpoint without masks are meant to be: 2:4, unstructured"
-    )
+    parser.add_argument("--pattern", help="what the zeros of a checkpoint without masks are meant to be: 2:4, unstructured")
     known = parser.parse_args(arguments)
     from sparsetrain.recipe import inspect_checkpoint
     from sparsetrain.report import layer_table
@@ -172,9 +173,7 @@ def _verify(arguments: list[str]) -> int:
     console = Console()
     console.print(layer_table([asdict(row) | {"ok": row.ok} for row in found.rows]))
     if found.ok:
-        console.print(
-            Text(f"verified: {len(found.rows)} tensors, sparsity {found.sparsity:.4f}, every promise holds", "green")
-        )
+        console.print(Text(f"verified: {len(found.rows)} tensors, sparsity {found.sparsity:.4f}, every promise holds", "green"))
         return 0
     for problem in found.problems:
         console.print(Text(f"broken: {problem}", "bold red"))
@@ -193,9 +192,7 @@ def _report(arguments: list[str]) -> int:
 
 def _list(arguments: list[str]) -> int:
     parser = _parser("list")
-    parser.add_argument(
-        "what", nargs="?", metavar="WHAT", help="criteria, patterns, schedules, allocations, methods, recipes"
-    )
+    parser.add_argument("what", nargs="?", metavar="WHAT", help="criteria, patterns, schedules, allocations, methods, recipes")
     known = parser.parse_args(arguments)
     rooms = {
         "criteria": {name: _first_line(kind) for name, kind in criteria.NAMES.items()},
@@ -206,9 +203,7 @@ def _list(arguments: list[str]) -> int:
         "recipes": _recipes(),
     }
     if known.what is not None and known.what not in rooms:
-        raise RecipeError(
-            f"there are no {known.what!r} to list; known are {', '.join(rooms)}.{nearest(known.what, rooms)}"
-        )
+        raise RecipeError(f"there are no {known.what!r} to list; known are {', '.join(rooms)}.{nearest(known.what, rooms)}")
     console = Console()
     for title, entries in rooms.items():
         if known.what not in (None, title):
@@ -226,13 +221,14 @@ def _record(arguments: list[str]) -> int:
     parser = _parser("record")
     parser.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--work", type=Path, default=Path("runs/record"), help="where the runs go; finished ones are kept")
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/record"), help="where the runs go; finished ones are kept"
+        "--results", type=Path, default=Path("recipes/results"), help="where NAME.json is written (recipes/results)"
     )
     known = parser.parse_args(arguments)
     from sparsetrain.recipe.record import record
 
-    print(f"recorded: {record(known.experiment, known.jobs, known.work)}")
+    print(f"recorded: {record(known.experiment, known.jobs, known.work, known.results)}")
     return 0
 
 

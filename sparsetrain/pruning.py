@@ -25,9 +25,7 @@ def final_sparsity(tensor: MaskedTensor, sparsity: Sparsity | None) -> Sparsity:
     if sparsity is not None:
         return sparsity
     if tensor.pattern.sparsity is None:
-        raise PatternError(
-            f"{tensor.name}: how sparse? Pattern {tensor.pattern} can have any sparsity; give one, such as 0.9"
-        )
+        raise PatternError(f"{tensor.name}: how sparse? Pattern {tensor.pattern} can have any sparsity; give one, such as 0.9")
     return tensor.pattern.sparsity
 
 

@@ -31,9 +31,7 @@ class Clock:
         text = str(duration).strip()
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ep|st|%|)", text)
         if not match:
-            raise RecipeError(
-                f"duration {duration!r} cannot be read; write 3ep (epochs), 500st (steps) or 30% (of the run)"
-            )
+            raise RecipeError(f"duration {duration!r} cannot be read; write 3ep (epochs), 500st (steps) or 30% (of the run)")
         value, unit = float(match[1]), match[2]
         if unit in ("st", ""):
             return round(value)
@@ -221,9 +219,7 @@ class Rounds(Schedule):
             return [1 - (1 - final) ** (r / self.rounds) for r in range(1, self.rounds)] + [final]
         rate = self.prune_rate
         if rate is None or not 0 < rate < 1:
-            raise RecipeError(
-                f"{self}: prune_rate {rate} is outside (0, 1): it is the share of the survivors a round removes"
-            )
+            raise RecipeError(f"{self}: prune_rate {rate} is outside (0, 1): it is the share of the survivors a round removes")
         count = max(1, math.ceil(round(math.log(1 - final) / math.log(1 - rate), 9)))
         return [1 - (1 - rate) ** r for r in range(1, count)] + [final]
 

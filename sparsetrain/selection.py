@@ -62,7 +62,7 @@ class GlobalThreshold:
 def prune_lowest(scores: Tensor, count: int) -> Tensor:
     """Return the mask of ``scores``' shape with exactly ``count`` entries ``False``: the lowest scores.
 
-    Needs about 0.2 byte a weight beside the mask. Raises ``PatternError`` for a count outside [0, entries], NaN, or a
+    Needs about 0.1 byte a weight beside the mask. Raises ``PatternError`` for a count outside [0, entries], NaN, or a
     dtype that is not floating.
 
     Example: ``prune_lowest(torch.tensor([3.0, 1.0, 1.0]), 1)`` is ``[True, False, True]``.
@@ -261,9 +261,7 @@ def _losses(piece: Tensor, seats: Tensor, same: list[Tensor]) -> Tensor:
     return losses
 
 
-def _pieces(
-    scores: Tensor, dtype: torch.dtype, mask: Tensor | None = None, unit: int = 1
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _pieces(scores: Tensor, dtype: torch.dtype, mask: Tensor | None = None, unit: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     """Contiguous runs of ``scores`` in row-major order as ``dtype``, whole units each, with their part of ``mask``."""
     step = max(1, _chunk(scores) // unit) * unit
     rows = max(1, step // scores[0].numel()) if scores.numel() and scores.dim() else 1

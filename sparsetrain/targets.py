@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsetrain.errors import TargetError, nearest
 
+_RECURRENT = r"weight_(ih|hh|hr)_l\d+(_reverse)?"
 #: How a layer type stores its weight: parameter names, and whether inputs come first (transformers' Conv1D).
 _LAYERS: dict[str, tuple[tuple[str, ...], bool]] = {
     "Linear": (("weight",), False),
@@ -25,9 +26,9 @@ _LAYERS: dict[str, tuple[tuple[str, ...], bool]] = {
     "EmbeddingBag": (("weight",), False),
     "Conv1D": (("weight",), True),
     "MultiheadAttention": (("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), False),
-    "RNN": ((r"weight_.*",), False),
-    "LSTM": ((r"weight_.*",), False),
-    "GRU": ((r"weight_.*",), False),
+    "RNN": ((_RECURRENT,), False),
+    "LSTM": ((_RECURRENT,), False),
+    "GRU": ((_RECURRENT,), False),
 }
 _EMBEDDINGS = frozenset({"Embedding", "EmbeddingBag"})
 _WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -136,6 +137,11 @@ class Targets:
                 skipped[alias[0]] = reason or "no supported layer"
         if not found:
             raise TargetError(self._nothing(model, skipped))
+        everything = [name for target in found for name in (target.name, *target.aliases)]
+        for pattern in self.include:
+            if not any(re.search(pattern, name) for name in everything):
+                dense = next((f"; {name} stays dense: {why}" for name, why in skipped.items() if re.search(pattern, name)), "")
+                raise TargetError(f"targets.include {pattern!r} matches no target{dense}.{nearest(pattern, everything)}")
         return Matched(tuple(found), skipped)
 
     def _reason(
@@ -147,10 +153,13 @@ class Targets:
     ) -> str | None:
         if any(re.search(pattern, name) for pattern in self.exclude for name in names):
             return "excluded (targets.exclude)"
-        if parameter.ndim < 2:
+        if parameter.ndim < 2 and not isinstance(parameter, nn.parameter.UninitializedParameter):
             return "a bias, norm or scale"
         if owner is None:
-            return "no supported layer"
+            replaced = any(re.search(r"(^|\.)parametrizations\.|_orig$|_[gv]$", name) for name in names)
+            return (
+                "replaced by a parametrization or torch.nn.utils.prune: remove that first" if replaced else "no supported layer"
+            )
         if self.include:
             asked = any(re.search(pattern, name) for pattern in self.include for name in names)
             return None if asked else "not included (targets.include)"
@@ -174,9 +183,7 @@ def compile_regex(pattern: str, where: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise TargetError(
-            f"{where}: {pattern!r} is no regular expression ({error}); escape dots and brackets"
-        ) from error
+        raise TargetError(f"{where}: {pattern!r} is no regular expression ({error}); escape dots and brackets") from error
 
 
 def plain_name(name: str) -> str:

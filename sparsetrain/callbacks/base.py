@@ -155,7 +155,9 @@ class SparsityCallback(Callback):
         """Attach to the optimizers, follow averaged copies, hand over to the method."""
         resumed, self._state = self._state, None
         self.masks.detach()
-        self.masks.attach(*trainer.optimizers)
+        # A clipped norm must not count the gradients of pruned entries; with manual optimization nobody knows who clips.
+        clips = trainer.gradient_clip_val is not None or not pl_module.automatic_optimization
+        self.masks.attach(*trainer.optimizers, mask_gradients=True if clips else None)
         for copy in averaged_copies(trainer):
             self.masks.follow(copy)
         self.masks.enforce()
@@ -211,9 +213,7 @@ class SparsityCallback(Callback):
         """Give every logger ``sparsity/global`` and ``sparsity/<tensor>``."""
         counts = self.masks.counts()
         total = sum(dead for dead, _ in counts.values()) / sum(numel for _, numel in counts.values())
-        series = {"sparsity/global": total} | {
-            f"sparsity/{name}": dead / numel for name, (dead, numel) in counts.items()
-        }
+        series = {"sparsity/global": total} | {f"sparsity/{name}": dead / numel for name, (dead, numel) in counts.items()}
         for logger in trainer.loggers:
             logger.log_metrics(series, step=current_step(trainer))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,32 @@ from torch import Tensor
 from sparsetrain.errors import DivergedError, RecipeError
 
 
+@contextmanager
+def written(target: Path) -> Iterator[Path]:
+    """Write a file whole or not at all: gives a temporary file beside it that is renamed when the block ends.
+
+    Raises `RecipeError` when the disk refuses, saying whether the previous file is intact. Example:
+    ``with written(Path("metrics.json")) as partial: partial.write_text("{}")``.
+    """
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except (OSError, RuntimeError) as error:
+        kept = f"the previous {target.name} is intact" if target.is_file() else f"there was no {target.name} before"
+        raise RecipeError(
+            f"{target} could not be written ({error}); {kept}. Free space or choose another --out, then go on with "
+            "--ckpt_path last if there is a checkpoint"
+        ) from error
+    finally:
+        # Under a parent that is no directory there is nothing to remove, and asking raises.
+        if target.parent.is_dir():
+            partial.unlink(missing_ok=True)
+
+
 class AtomicCheckpoints(TorchCheckpointIO):
     """Write to a temporary file beside the target, flush it to disk, then rename: a kill or a full disk leaves the old one.
 
@@ -22,25 +49,10 @@ class AtomicCheckpoints(TorchCheckpointIO):
     ``Trainer(plugins=[AtomicCheckpoints()])``.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None) -> None:
         """Save whole, or leave what was there."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-        except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
-            kept = f"the previous {target.name} is intact" if target.exists() else "no checkpoint was there before"
-            raise RecipeError(
-                f"checkpoint {target} could not be written ({error}); {kept}. Free space, then resume"
-            ) from error
+        with written(Path(path)) as partial:
+            torch.save(checkpoint, partial)
 
 
 class StopOnDivergence(Callback):
@@ -62,6 +74,6 @@ class StopOnDivergence(Callback):
 
     def _message(self, trainer: Trainer, what: str) -> str:
         return (
-            f"training diverged at step {trainer.global_step} (epoch {trainer.current_epoch}): {what}. The last good "
-            "checkpoint is kept; lower the learning rate, clip gradients (trainer.gradient_clip_val), or prune more slowly"
+            f"training diverged at step {trainer.global_step} (epoch {trainer.current_epoch}): {what}; lower the "
+            "learning rate, clip gradients (trainer.gradient_clip_val), or prune more slowly"
         )

@@ -94,9 +94,7 @@ class PruneFinetune(SparsityCallback):
                 f"{type(schedule).__name__}; use schedule OneShot"
             )
         if recovery is not None and not isinstance(self.schedule, Rounds):
-            raise RecipeError(
-                f"recovery ends rounds early; schedule {type(self.schedule).__name__} has none, use Rounds"
-            )
+            raise RecipeError(f"recovery ends rounds early; schedule {type(self.schedule).__name__} has none, use Rounds")
         self.targets = targets or Targets()
         self.overrides = overrides or {}
         self.recovery = recovery
@@ -146,9 +144,7 @@ class PruneFinetune(SparsityCallback):
         """Resolve the schedule against this run; prune at once if it starts at step 0."""
         self._curves = self.curves(clock_of(trainer))
         if not self._curves:
-            raise RecipeError(
-                "every target is asked for sparsity 0: nothing would be pruned; raise sparsity or drop overrides"
-            )
+            raise RecipeError("every target is asked for sparsity 0: nothing would be pruned; raise sparsity or drop overrides")
         if not resumed:
             self._done, self._early, self._reference, self._best, self._bad = 0, False, None, None, 0
             # A second fit() goes on from where the masks are; its clock starts where the trainer's does.

@@ -65,9 +65,7 @@ def read_idx(path: Path, dims: int) -> Tensor:
         raise DataError(f"{path}: an idx header of {header} bytes expected, {len(content)} bytes found{hint}")
     magic, *sizes = struct.unpack(f">{1 + dims}I", content[:header])
     if magic != want:
-        raise DataError(
-            f"{path}: magic number 0x{want:08x} expected, 0x{magic:08x} found; not an idx file of {dims} dims"
-        )
+        raise DataError(f"{path}: magic number 0x{want:08x} expected, 0x{magic:08x} found; not an idx file of {dims} dims")
     if math.prod(sizes) == 0:
         raise DataError(f"{path}: the set is empty, its header says {' x '.join(map(str, sizes))}")
     expected = header + math.prod(sizes)

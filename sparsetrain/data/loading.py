@@ -183,9 +183,7 @@ class ResumableLoader:
             DataError: the state lies inside an epoch of other batches: another seed, dataset size, or global batch size.
         """
         if missing := {"epoch", "batch", "batches"} - state.keys():
-            raise DataError(
-                f"the saved state of the data has no {sorted(missing)}; it was not written by ResumableLoader"
-            )
+            raise DataError(f"the saved state of the data has no {sorted(missing)}; it was not written by ResumableLoader")
         start = state["batch"]
         if start >= state["batches"]:
             start = len(self)  # a finished epoch stays finished, however it was cut into batches

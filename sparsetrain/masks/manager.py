@@ -2,10 +2,11 @@
 
 How a mask is kept intact:
 
-* a post-accumulate hook zeroes the gradient of pruned entries as soon as it exists, so that clipping, momentum and every
-  other optimizer memory see pruned entries as if they were not there;
 * the optimizer's post-step hook multiplies the weights by their mask, so that whoever reads them next sees exact zeros,
-  whatever the optimizer did (weight decay, orthogonalized updates, a line search, somebody's own writing);
+  whatever the optimizer did (weight decay, orthogonalized updates, a line search, somebody's own writing), and so it does
+  with what the optimizer remembers of each weight;
+* where entries influence each other (LBFGS, Muon, Adafactor, clipping by norm) a post-accumulate hook zeroes the gradient of
+  pruned entries as soon as it exists, so that the living see the dead as if they were not there;
 * when a mask changes, the optimizer state of everything that died or was regrown is reset, pending gradients and averaged
   copies of the weights (`follow`) are masked too.
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsetrain.errors import MaskStateError, PatternError, TargetError, nearest
 from sparsetrain.masks import sharding
-from sparsetrain.masks.optimizer_state import forget
+from sparsetrain.masks.optimizer_state import forget, mask_state, needs_masked_gradients
 from sparsetrain.masks.state import SavedMask, check_names, from_state, pack_bits, to_state
 from sparsetrain.masks.tensor import MaskChange, MaskedTensor, Override
 from sparsetrain.masks.verification import Verification, adopt_zeros, verify_tensor
@@ -64,14 +66,17 @@ class MaskManager:
         self.changes: list[MaskChange] = []
         self.optimizers: list[tuple[Optimizer, RemovableHandle]] = []
         self.followers: list[Mapping[str, Tensor]] = []
+        self._masks_gradients = False
         default = parse_pattern(pattern)
         self.tensors = {t.name: MaskedTensor(t, default) for t in matched.targets}
+        settled: set[str] = set()
         for regex, override in (overrides or {}).items():
             compiled = compile_regex(regex, "overrides")
             hits = [t for t in self.tensors.values() if any(compiled.search(n) for n in (t.name, *t.target.aliases))]
             if not hits:
                 raise TargetError(f"override {regex!r} matches no target.{nearest(regex, self.tensors)}")
-            for tensor in hits:
+            for tensor in (t for t in hits if t.name not in settled):
+                settled.add(tensor.name)
                 tensor.pattern = parse_pattern(override.pattern) if override.pattern is not None else tensor.pattern
                 tensor.goal = override.sparsity if override.sparsity is not None else tensor.goal
 
@@ -104,19 +109,24 @@ class MaskManager:
 
     def sparsity(self) -> float:
         """Fraction of zeros over all targets."""
-        counts = self.counts().values()
-        return sum(dead for dead, _ in counts) / sum(numel for _, numel in counts)
+        dead, numel = zip(*self.counts().values(), strict=True)
+        return sum(dead) / sum(numel)
 
     # -- keeping ----------------------------------------------------------------------------------------------------------
 
-    def attach(self, *optimizers: Optimizer) -> MaskManager:
-        """Keep masks intact through these optimizers' steps; attaching one twice is attaching it once. Returns self."""
+    def attach(self, *optimizers: Optimizer, mask_gradients: bool | None = None) -> MaskManager:
+        """Keep masks intact through these optimizers' steps; attaching one twice is attaching it once. Returns self.
+
+        ``mask_gradients``: zero the gradients of pruned entries as soon as they exist; by default only for optimizers that need
+        it (LBFGS, Muon, ...). Say True if you clip by norm, so that pruned entries do not count; the callbacks do it themselves.
+        """
         for optimizer in optimizers:
             if not any(optimizer is known for known, _ in self.optimizers):
-                handle = optimizer.register_step_post_hook(lambda opt, args, kwargs: self.enforce(opt))
-                self.optimizers.append((optimizer, handle))
+                self.optimizers.append((optimizer, optimizer.register_step_post_hook(lambda opt, *_: self.enforce(opt))))
+            if needs_masked_gradients(optimizer) if mask_gradients is None else mask_gradients:
+                self._masks_gradients = True
         for tensor in self:
-            tensor.bind()
+            tensor.bind(self._masks_gradients)
         return self
 
     def detach(self) -> None:
@@ -125,11 +135,12 @@ class MaskManager:
             handle.remove()
         self.optimizers.clear()
         self.followers.clear()
+        self._masks_gradients = False
         for tensor in self:
             tensor.unbind()
 
     def follow(self, copy: nn.Module) -> MaskManager:
-        """Keep an averaged copy of the model (EMA, SWA) as sparse as the model, from every change of a mask on."""
+        """Keep an averaged copy of the model (EMA, SWA) as sparse as the model, from now on."""
         named = [(plain_name(n), p) for n, p in copy.named_parameters(remove_duplicate=False)]
         by_plain = {n.removeprefix("module."): p for n, p in named} | dict(named)
         found = {t.name: by_plain[t.name] for t in self if t.name in by_plain}
@@ -137,9 +148,7 @@ class MaskManager:
             raise TargetError(
                 f"the copy ({type(copy).__name__}) has none of the model's masked tensors; is it of another model?"
             )
-        if not any(
-            found.keys() == known.keys() and all(found[n] is known[n] for n in found) for known in self.followers
-        ):
+        if not any(found.keys() == known.keys() and all(found[n] is known[n] for n in found) for known in self.followers):
             self.followers.append(found)
         self.enforce()
         return self
@@ -151,16 +160,17 @@ class MaskManager:
         for tensor in self:
             if tensor.mask is None:
                 continue
-            parameter = tensor.bind()
+            parameter = tensor.bind(self._masks_gradients)
+            # uint8 view: multiplying by a large bool tensor runs at a fraction of the memory bandwidth.
+            mask = tensor.mask.view(torch.uint8)
             if owned is None or id(parameter) in owned:
-                # uint8 view: multiplying by a large bool tensor runs at a fraction of the memory bandwidth.
-                sharding.local(parameter).mul_(tensor.mask.view(torch.uint8))
-        if optimizer is None:
-            for copy in self.followers:
-                for name, value in copy.items():
-                    mask = self.tensors[name].mask
-                    if mask is not None:
-                        sharding.local(value).mul_(mask.view(torch.uint8))
+                sharding.local(parameter).mul_(mask)
+            if optimizer is not None and not needs_masked_gradients(optimizer):
+                mask_state(optimizer, parameter, mask)
+        for copy in self.followers if optimizer is None else ():
+            for name, value in copy.items():
+                if (alive := self.tensors[name].mask) is not None:
+                    sharding.local(value).mul_(alive.view(torch.uint8))
 
     # -- changing ---------------------------------------------------------------------------------------------------------
 
@@ -174,9 +184,7 @@ class MaskManager:
         if scores.shape != sharding.local(parameter).shape:
             raise TargetError(f"scores of {name} have shape {tuple(scores.shape)}, the weight {tuple(parameter.shape)}")
         if tensor.mask is not None:
-            scores = torch.where(
-                tensor.mask, scores, torch.full((), -math.inf, dtype=scores.dtype, device=scores.device)
-            )
+            scores = torch.where(tensor.mask, scores, torch.full((), -math.inf, dtype=scores.dtype, device=scores.device))
         try:
             mask = sharding.select(tensor.pattern, scores, parameter, tensor.target.layout, sparsity)
             return self.install(name, mask, sparsity, step=step, why=why)
@@ -184,9 +192,7 @@ class MaskManager:
             raise PatternError(f"{tensor.name}: {error}") from error
 
     @torch.no_grad()
-    def install(
-        self, name: str, mask: Tensor, sparsity: Sparsity, *, step: int = 0, why: str = "install"
-    ) -> MaskChange:
+    def install(self, name: str, mask: Tensor, sparsity: Sparsity, *, step: int = 0, why: str = "install") -> MaskChange:
         """Check a ready mask (this rank's part) against the tensor's pattern at this sparsity, then make it the mask."""
         tensor = self[name]
         parameter = tensor.target.parameter
@@ -195,7 +201,7 @@ class MaskManager:
         died, grew = old & ~mask, mask & ~old
         tensor.mask = mask.contiguous() if exact(sparsity) else None
         tensor.sparsity = exact(sparsity)
-        tensor.bind()
+        tensor.bind(self._masks_gradients)
         dead, changed = ~mask, died | grew
         weight = sharding.local(parameter)
         weight.masked_fill_(dead, 0.0)
@@ -206,7 +212,8 @@ class MaskManager:
                 sharding.local(copy[tensor.name]).masked_fill_(dead, 0.0)
         for optimizer, _ in self.optimizers:
             forget(optimizer, parameter, changed)
-        change = MaskChange(step, tensor.name, *sharding.total([died, grew], parameter), why)
+        lost, back = sharding.total([died, grew], parameter)
+        change = MaskChange(step, tensor.name, lost, back, why)
         if change.died or change.grew:
             self.changes.append(change)
         return change
@@ -215,10 +222,7 @@ class MaskManager:
     def write(self, name: str, values: Tensor) -> None:
         """Write new values of a whole tensor (this rank's part), masked: for methods that move weights themselves."""
         tensor = self[name]
-        weight = sharding.local(tensor.target.parameter)
-        weight.copy_(values)
-        if tensor.mask is not None:
-            weight.masked_fill_(~tensor.mask, 0.0)
+        sharding.local(tensor.target.parameter).copy_(values if tensor.mask is None else torch.where(tensor.mask, values, 0.0))
 
     @classmethod
     def adopt(
@@ -243,12 +247,13 @@ class MaskManager:
 
     def verify(self, strict: bool = False) -> Verification:
         """Check every promise on every tensor: the pattern exact, pruned weights exactly 0.0 (averaged copies too),
-        optimizer memory clear, weights finite. Under sharding every rank must call it.
+        optimizer memory clear, weights finite. Under sharding every rank must call it, and a problem of one is told by all.
 
         Raises `PatternError` with the first broken promise if ``strict``. Example: ``print(manager.verify())``.
         """
         optimizers = [optimizer for optimizer, _ in self.optimizers]
-        found = Verification([verify_tensor(t, optimizers, self.followers) for t in self])
+        rows = [(verify_tensor(t, optimizers, self.followers), t.target.parameter) for t in self]
+        found = Verification([replace(row, problem=sharding.agreed(row.problem, p)) for row, p in rows])
         if strict and found.problems:
             raise PatternError(found.problems[0])
         return found
@@ -261,9 +266,7 @@ class MaskManager:
         for tensor in self:
             mask = tensor.full_mask()
             shape = tuple(mask.shape)
-            result[tensor.name] = SavedMask(
-                shape, str(tensor.pattern), tensor.sparsity, int(mask.sum()), pack_bits(mask)
-            )
+            result[tensor.name] = SavedMask(shape, str(tensor.pattern), tensor.sparsity, int(mask.sum()), pack_bits(mask))
         return result
 
     def state_dict(self) -> dict[str, Any]:

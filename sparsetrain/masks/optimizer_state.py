@@ -1,7 +1,9 @@
 """Optimizer memory follows the mask: what an optimizer remembers of pruned and regrown entries.
 
-Gradients of pruned entries are zero while a mask holds, so state that was once cleared stays clear under every optimizer
-whose state is elementwise. What "clear" means is mostly zero; the exceptions are below.
+Two ways keep the memory of pruned entries clear. Masked gradients never let anything in; that is right for every optimizer,
+and needed where one entry's update depends on the others' gradients. Where it does not (``ELEMENTWISE``), multiplying the
+state by the mask after the step does the same to every weight that is alive, bit for bit, and is much faster on CPU: a
+second moment of exactly 0.0 sends the square root of Adam-type optimizers through a path of MKL that is ten times slower.
 """
 
 from __future__ import annotations
@@ -19,6 +21,23 @@ from sparsetrain.masks.sharding import local
 _FRESH = {"step_size": "lr", "sum": "initial_accumulator_value"}
 #: State that a zero gradient moves off zero, by design: Adamax takes max(|g|, eps).
 _UNCHECKED = frozenset({"exp_inf", *_FRESH})
+
+
+#: Optimizers whose update of an entry depends on that entry's gradient and state alone, all state starting at zero.
+ELEMENTWISE = frozenset({"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adadelta", "ASGD"})
+
+
+def needs_masked_gradients(optimizer: Optimizer) -> bool:
+    """Whether an optimizer must not see gradients of pruned entries: all but those of torch known to be elementwise."""
+    kind = type(optimizer)
+    return not (kind.__module__.startswith("torch.optim") and kind.__name__ in ELEMENTWISE)
+
+
+def mask_state(optimizer: Optimizer, parameter: Tensor, mask: Tensor) -> None:
+    """Multiply every state tensor that has one entry a weight by the mask (uint8, this rank's part)."""
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.ndim and local(value).shape == mask.shape:
+            local(value).mul_(mask)
 
 
 def _entries(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:

@@ -128,7 +128,8 @@ def agreed(problem: str | None, parameter: Tensor) -> str | None:
 def check(pattern: Pattern, mask: Tensor, parameter: Tensor, layout: Layout, sparsity: Sparsity) -> None:
     """Raise `PatternError`, on every rank, unless the whole mask has its pattern; ``mask`` is this rank's part.
 
-    Every rank of the mesh must call it.
+    Every rank of the mesh must call it. Rows are checked where they are and unstructured masks by counts; blocks, slices and
+    transposed layouts gather the mask.
     """
     shape, shard = layout.shape(parameter.shape), RowShard.of(parameter)
     if shard is not None and pattern == Unstructured():

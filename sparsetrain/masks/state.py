@@ -81,14 +81,14 @@ def to_state(masks: Mapping[str, SavedMask]) -> dict[str, Any]:
 def from_state(state: Any, where: str = "the state") -> dict[str, SavedMask]:
     """Read the checkpoint form. Raises `MaskStateError` for foreign, newer or incomplete content."""
     if not isinstance(state, Mapping) or state.get("kind") != KIND:
-        raise MaskStateError(
-            f"{where} holds no sparsetrain masks; start from the weights with MaskManager.adopt instead"
-        )
+        raise MaskStateError(f"{where} holds no sparsetrain masks; start from the weights with MaskManager.adopt instead")
     if state.get("version") != VERSION:
         raise MaskStateError(f"{where} is of version {state.get('version')}, this sparsetrain reads version {VERSION}")
     result = {}
     for name, entry in state.get("tensors", {}).items():
         try:
+            if not isinstance(entry["bits"], Tensor):
+                raise TypeError(f"bits are {type(entry['bits']).__name__}, not a tensor")
             result[name] = SavedMask(
                 tuple(int(n) for n in entry["shape"]),
                 str(entry["pattern"]),
@@ -110,14 +110,10 @@ def check_names(saved: Mapping[str, SavedMask], expected: Mapping[str, tuple[int
                 + nearest(name, expected)
             )
         if mask.shape != expected[name]:
-            raise MaskStateError(
-                f"{where}: mask of {name!r} has shape {mask.shape}, the tensor here has {expected[name]}"
-            )
+            raise MaskStateError(f"{where}: mask of {name!r} has shape {mask.shape}, the tensor here has {expected[name]}")
     missing = [name for name in expected if name not in saved]
     if missing:
-        raise MaskStateError(
-            f"{where} has no mask of {missing[0]!r}" + (f" and {len(missing) - 1} more" * (len(missing) > 1))
-        )
+        raise MaskStateError(f"{where} has no mask of {missing[0]!r}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))
 
 
 def save_masks(path: Path, masks: Mapping[str, SavedMask]) -> None:
@@ -135,7 +131,7 @@ def read_masks(path: Path) -> dict[str, SavedMask]:
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("sparsetrain", "null"))
-            if not about or about.get("version") != VERSION:
+            if not isinstance(about, dict) or about.get("version") != VERSION:
                 raise MaskStateError(f"{path} is no mask file of version {VERSION}")
             return {
                 name: SavedMask(
@@ -147,7 +143,17 @@ def read_masks(path: Path) -> dict[str, SavedMask]:
                 )
                 for name, entry in about["masks"].items()
             }
-    except (OSError, safetensors.SafetensorError, json.JSONDecodeError, KeyError) as error:
+    except MaskStateError:
+        raise
+    except (
+        OSError,
+        safetensors.SafetensorError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ZeroDivisionError,
+    ) as error:
         raise MaskStateError(f"{path} cannot be read as masks: {error}") from error
 
 

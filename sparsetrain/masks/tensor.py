@@ -65,13 +65,14 @@ class MaskedTensor:
         whole = sharding.full(sharding.like(self.mask.view(torch.uint8), parameter))
         return whole.contiguous().view(torch.bool)
 
-    def bind(self) -> nn.Parameter:
+    def bind(self, mask_gradient: bool) -> nn.Parameter:
         """Hook the gradient of the parameter there is now (sharding and ``to()`` replace parameters), and return it."""
         parameter = self.target.parameter
-        if parameter is not self._bound or (self._handle is None and parameter.requires_grad):
+        wanted = mask_gradient and parameter.requires_grad
+        if parameter is not self._bound or wanted != (self._handle is not None):
             self.unbind()
             self._bound = parameter
-            if parameter.requires_grad:
+            if wanted:
                 self._handle = parameter.register_post_accumulate_grad_hook(self._mask_gradient)  # type: ignore[no-untyped-call]
         return parameter
 

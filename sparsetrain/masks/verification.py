@@ -16,6 +16,7 @@ from sparsetrain.errors import PatternError
 from sparsetrain.masks import sharding
 from sparsetrain.masks.optimizer_state import remembered
 from sparsetrain.masks.tensor import MaskedTensor
+from sparsetrain.targets import plain_name
 
 if TYPE_CHECKING:
     from sparsetrain.masks.manager import MaskManager
@@ -66,9 +67,7 @@ class Verification:
         lines = [f"{'tensor':<40} {'pattern':<18} {'asked':>8} {'actual':>8} {'kept':>12}  verified"]
         for row in self.rows:
             verdict = row.problem or "yes"
-            lines.append(
-                f"{row.name:<40} {row.pattern:<18} {row.asked:>8.4f} {row.actual:>8.4f} {row.kept:>12,}  {verdict}"
-            )
+            lines.append(f"{row.name:<40} {row.pattern:<18} {row.asked:>8.4f} {row.actual:>8.4f} {row.kept:>12,}  {verdict}")
         return "\n".join(lines)
 
 
@@ -128,28 +127,29 @@ def adopt_zeros(manager: MaskManager) -> dict[str, str]:
             unclaimed[tensor.name] = "has no zeros, stays dense"
             continue
         if count == zeros.numel():
-            raise PatternError(
-                f"{tensor.name} is zero throughout: nothing is left to keep; leave it out (targets.exclude)"
-            )
+            raise PatternError(f"{tensor.name} is zero throughout: nothing is left to keep; leave it out (targets.exclude)")
         try:
             sparsity = tensor.pattern.sparsity_of(zeros)
             mask = tensor.pattern.select(weight.abs(), sparsity)
         except PatternError as error:
-            raise PatternError(
-                f"{tensor.name}: its {count} zeros cannot be adopted as {tensor.pattern}: {error}"
-            ) from error
+            raise PatternError(f"{tensor.name}: its {count} zeros cannot be adopted as {tensor.pattern}: {error}") from error
         lost = (~mask & ~zeros).nonzero()
         if len(lost):
             raise PatternError(
                 f"{tensor.name}: its {count} zeros are no {tensor.pattern} pattern: the weight at {tuple(lost[0].tolist())} "
                 "would have to be zero and is not; declare another pattern, or exclude the tensor"
             )
+        if not sparsity and count > 0.01 * zeros.numel():
+            raise PatternError(
+                f"{tensor.name}: its {count} zeros hold no {tensor.pattern}; declare another pattern, or exclude the tensor"
+            )
         local = sharding.take_local(tensor.target.layout.view(mask).contiguous(), tensor.target.parameter)
         manager.install(tensor.name, local, sparsity, why="adopt")
         beyond = count - int((~mask).sum())
         if beyond:
             unclaimed[tensor.name] = f"{beyond} more zeros than the pattern {tensor.pattern} holds stay free to train"
-    for name, parameter in manager.model.named_parameters():
+    for stored, parameter in manager.model.named_parameters():
+        name = plain_name(stored)
         if name in manager.skipped and parameter.ndim > 1:
             share = Fraction(int((parameter == 0).sum()), parameter.numel())
             if share:

@@ -19,7 +19,7 @@ def exact(sparsity: Sparsity) -> Fraction:
 
     Example: ``exact(0.29) * 100`` is exactly 29.
     """
-    if isinstance(sparsity, float) and not math.isfinite(sparsity):
+    if not isinstance(sparsity, Fraction) and not math.isfinite(sparsity):
         raise PatternError(f"sparsity is {sparsity}; give a fraction of zeros in [0, 1), such as 0.9")
     value = sparsity if isinstance(sparsity, Fraction) else Fraction(repr(float(sparsity)))
     if not 0 <= value < 1:

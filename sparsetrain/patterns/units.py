@@ -122,9 +122,7 @@ class Slices(UnitPattern):
 
     def __post_init__(self) -> None:
         if self.dim not in (0, 1):
-            raise PatternError(
-                f"Slices dim {self.dim!r} is unknown; 0 = outputs (neurons, filters), 1 = inputs (channels)"
-            )
+            raise PatternError(f"Slices dim {self.dim!r} is unknown; 0 = outputs (neurons, filters), 1 = inputs (channels)")
 
     def units(self, shape: tuple[int, ...]) -> int:
         """The number of slices."""

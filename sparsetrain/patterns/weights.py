@@ -89,9 +89,7 @@ class NM(Pattern):
 
     def __post_init__(self) -> None:
         if not 0 < self.keep < self.group:
-            raise PatternError(
-                f"{self.keep}:{self.group} is not an N:M pattern: it needs 0 < keep < group, such as 2:4"
-            )
+            raise PatternError(f"{self.keep}:{self.group} is not an N:M pattern: it needs 0 < keep < group, such as 2:4")
 
     @property
     def sparsity(self) -> Fraction:
@@ -105,7 +103,8 @@ class NM(Pattern):
     def validate(self, shape: tuple[int, ...], sparsity: Sparsity) -> None:
         """N:M is dense or at ``1 - keep/group``; the input dimension must divide by ``group``."""
         value = exact(sparsity)
-        if value not in (0, self.sparsity):
+        # As floats: 2/3 as a decimal text is not the fraction 2/3, and is all a recipe can say.
+        if float(value) not in (0.0, float(self.sparsity)):
             raise PatternError(
                 f"{self} always has sparsity {float(self.sparsity):g}, {float(value):g} was asked; ask for "
                 f"{float(self.sparsity):g} (or leave the sparsity out), choose another keep:group, or use 'unstructured'"
@@ -126,14 +125,16 @@ class NM(Pattern):
         """Every group has exactly ``keep`` alive."""
         require_bool(mask)
         self.validate(tuple(mask.shape), sparsity)
-        expected = self.keep if sparsity else self.group
+        if not sparsity:  # a dense tensor need not divide by the group
+            require_count(int((~mask).sum()), 0, "weights")
+            return
         last = mask.movedim(1, -1)
         alive = last.reshape(*last.shape[:-1], -1, self.group).sum(-1)
-        wrong = (alive != expected).nonzero()
+        wrong = (alive != self.keep).nonzero()
         if len(wrong):
             where = tuple(wrong[0].tolist())
             raise PatternError(
-                f"group {where[-1]} of row {where[0]} keeps {int(alive[where])} of {self.group}, {self} keeps {expected}"
+                f"group {where[-1]} of row {where[0]} keeps {int(alive[where])} of {self.group}, {self} keeps {self.keep}"
             )
 
     def __str__(self) -> str:

@@ -39,23 +39,29 @@ def as_recipe_error(what: str) -> Iterator[None]:
     except SparsetrainError:
         raise
     except Exception as error:
-        raise RecipeError(f"{what} could not be built: {type(error).__name__}: {error}") from error
+        # jsonargparse wraps what a constructor raised, once for every optional it is nested in.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+            if isinstance(cause, SparsetrainError):
+                raise cause from None
+        text = str(cause) or "no message"
+        raise RecipeError(f"{what} could not be built: {type(cause).__name__}: {text}") from error
 
 
-def build(config: Namespace, *, only: tuple[str, ...] = ("model", "data", "method", "callbacks")) -> Built:
+def build(config: Namespace, *, load: bool = True) -> Built:
     """Instantiate a recipe's objects. The method is bound to the model at once, so that what cannot work fails here.
 
-    Weights of ``init_from`` are loaded, with their masks (or their zeros as masks). Raises `RecipeError` and its kin.
+    Weights of ``init_from`` are loaded with their masks (or their zeros as masks), unless ``load`` is off because a
+    checkpoint will follow. Raises `RecipeError` and its kin.
     """
-    made: dict[str, Any] = {}
-    for key in only:
-        made[key] = instantiate(config, key)
-    model, method = made["model"], made.get("method")
+    model, data = instantiate(config, "model"), instantiate(config, "data")
+    method, callbacks = instantiate(config, "method"), instantiate(config, "callbacks")
     if method is not None:
         method.use(model)
-    if config.init_from is not None and "data" in only:
+    if config.init_from is not None and load:
         start_from(Path(config.init_from), model, method)
-    return Built(model, made.get("data"), method, made.get("callbacks") or [])
+    return Built(model, data, method, callbacks or [])
 
 
 def instantiate(config: Namespace, key: str) -> Any:
@@ -73,9 +79,7 @@ def read_weights(path: Path) -> dict[str, Any]:
         found = [path / "checkpoints" / name for name in ("final.ckpt", "last.ckpt")] + [path / "model.safetensors"]
         existing = [candidate for candidate in found if candidate.is_file()]
         if not existing:
-            raise MaskStateError(
-                f"{path} holds no checkpoint; looked for {', '.join(str(c.relative_to(path)) for c in found)}"
-            )
+            raise MaskStateError(f"{path} holds no checkpoint; looked for {', '.join(str(c.relative_to(path)) for c in found)}")
         path = existing[0]
     if not path.is_file():
         raise MaskStateError(f"checkpoint {str(path)!r} is no file")
@@ -84,9 +88,7 @@ def read_weights(path: Path) -> dict[str, Any]:
             return {"state_dict": load_file(str(path))}
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise MaskStateError(
-            f"{path} cannot be read as a checkpoint: it is truncated or of another kind ({error})"
-        ) from error
+        raise MaskStateError(f"{path} cannot be read as a checkpoint: it is truncated or of another kind ({error})") from error
     if not isinstance(content, dict):
         raise MaskStateError(f"{path} holds a {type(content).__name__}, no checkpoint")
     if "state_dict" in content:
@@ -104,16 +106,12 @@ def saved_masks(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def start_from(path: Path, model: nn.Module, method: SparsityCallback | None) -> None:
-    """Load weights into a model, and their masks (else their zeros) into the method's manager."""
-    checkpoint = read_weights(path)
-    weights = checkpoint["state_dict"]
+def check_weights(path: Path, weights: dict[str, Any], model: nn.Module) -> None:
+    """Raise `MaskStateError` unless the weights are exactly those of the model, name by name, shape by shape."""
     own = model.state_dict()
     for name, value in weights.items():
         if name not in own:
-            raise MaskStateError(
-                f"{path} is of another model: it has {name!r}, which this one has not.{nearest(name, own)}"
-            )
+            raise MaskStateError(f"{path} is of another model: it has {name!r}, which this one has not.{nearest(name, own)}")
         if tuple(value.shape) != tuple(own[name].shape):
             raise MaskStateError(
                 f"{path} is of another model: {name} has shape {tuple(value.shape)}, here it is {tuple(own[name].shape)}"
@@ -121,10 +119,15 @@ def start_from(path: Path, model: nn.Module, method: SparsityCallback | None) ->
     missing = [name for name in own if name not in weights]
     if missing:
         raise MaskStateError(
-            f"{path} is of another model: it lacks {missing[0]!r}"
-            + f" and {len(missing) - 1} more" * (len(missing) > 1)
+            f"{path} is of another model: it lacks {missing[0]!r}" + f" and {len(missing) - 1} more" * (len(missing) > 1)
         )
-    model.load_state_dict(weights)
+
+
+def start_from(path: Path, model: nn.Module, method: SparsityCallback | None) -> None:
+    """Load weights into a model, and their masks (else their zeros) into the method's manager."""
+    checkpoint = read_weights(path)
+    check_weights(path, checkpoint["state_dict"], model)
+    model.load_state_dict(checkpoint["state_dict"])
     if method is None or method.manager is None:
         return
     state = saved_masks(checkpoint)

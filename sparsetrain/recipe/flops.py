@@ -62,9 +62,7 @@ def example_input(model: nn.Module, data: LightningDataModule | None) -> Any:
     return None
 
 
-def flops(
-    model: nn.Module, manager: MaskManager | None, data: LightningDataModule | None = None
-) -> dict[str, float] | None:
+def flops(model: nn.Module, manager: MaskManager | None, data: LightningDataModule | None = None) -> dict[str, float] | None:
     """``{"dense": ..., "sparse": ...}`` for one sample, or None where no example input can be had or traced."""
     try:
         example = example_input(model, data)

@@ -93,9 +93,7 @@ def _zeros(weights: dict[str, Tensor], pattern: Pattern, path: Path) -> Verifica
         except PatternError as error:
             problem = str(error)
         rows.append(
-            VerifiedTensor(
-                name, (), tuple(weight.shape), str(pattern), sparsity, 1 - kept / weight.numel(), kept, problem
-            )
+            VerifiedTensor(name, (), tuple(weight.shape), str(pattern), sparsity, 1 - kept / weight.numel(), kept, problem)
         )
     if not rows:
         raise MaskStateError(f"{path} is dense: no weight matrix in it has a zero")

@@ -182,9 +182,7 @@ def _fill_flops(result: Plan, model: nn.Module, data: LightningDataModule | None
             example = example_input(model, data)
             used = {} if example is None else positions(model.eval(), example)
         except Exception as error:  # a model may do anything in forward; the rest of the plan stands without
-            result.notes.append(
-                f"FLOPs not counted: the model does not run on the meta device ({type(error).__name__})"
-            )
+            result.notes.append(f"FLOPs not counted: the model does not run on the meta device ({type(error).__name__})")
             return
     if not used:
         result.notes.append("FLOPs not counted: no example input (set the model's example_input_array)")
@@ -201,6 +199,4 @@ def _fill_flops(result: Plan, model: nn.Module, data: LightningDataModule | None
         sparse += cost * (kept.get(weight, share) if weight in planned else 1.0)
     result.flops = {"dense": dense, "sparse": sparse}
     if len(kept) < len(planned):
-        result.notes.append(
-            "FLOPs after pruning are an estimate: the global threshold decides how much each tensor loses"
-        )
+        result.notes.append("FLOPs after pruning are an estimate: the global threshold decides how much each tensor loses")

@@ -54,9 +54,7 @@ def load_experiment(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def record(
-    path: Path, jobs: int = 1, work: Path = Path("runs/record"), results: Path = Path("recipes/results")
-) -> Path:
+def record(path: Path, jobs: int = 1, work: Path = Path("runs/record"), results: Path = Path("recipes/results")) -> Path:
     """Run what is not finished yet, ``jobs`` runs at a time with one thread each, and write the result file.
 
     The metric is the test error of the final epoch in percent. Example:
@@ -66,9 +64,7 @@ def record(
     recipe = path.parent / experiment["recipe"]
     work = work / path.stem
     todo = [
-        _job(recipe, index, row, seed, work)
-        for index, row in enumerate(experiment["rows"])
-        for seed in experiment["seeds"]
+        _job(recipe, index, row, seed, work) for index, row in enumerate(experiment["rows"]) for seed in experiment["seeds"]
     ]
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         finished = list(pool.map(_run, todo))

@@ -67,17 +67,13 @@ def _facts(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         whole = f"; {wording.percent(sparsity['model'])} of the whole model" if sparsity.get("model") else ""
         remark = (f"asked {wording.percent(asked)}" if asked is not None else "of the prunable weights") + whole
         facts.append(("Sparsity", wording.percent(sparsity["actual"]), remark))
-        facts.append(
-            ("Weights kept", wording.number(sparsity["kept"]), f"of {wording.number(sparsity['prunable'])} prunable")
-        )
+        facts.append(("Weights kept", wording.number(sparsity["kept"]), f"of {wording.number(sparsity['prunable'])} prunable"))
         if sparsity.get("compression"):
             facts.append(("Compression", wording.times(sparsity["compression"]), "fewer prunable weights"))
     name = metrics.get("metric") or ""
     final, dense = ((metrics.get(key) or {}).get(name) for key in ("final", "dense"))
     if final is not None:
-        remark = (
-            f"{wording.change_text(name, dense, final)} against dense" if dense is not None else "no dense reference"
-        )
+        remark = f"{wording.change_text(name, dense, final)} against dense" if dense is not None else "no dense reference"
         facts.append((wording.label(name).capitalize(), wording.value_text(name, final), remark))
     if flops := metrics.get("flops"):
         facts.append(("FLOPs", wording.times(flops["dense"] / flops["sparse"]), "fewer, if zeros are skipped"))

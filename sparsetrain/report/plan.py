@@ -91,9 +91,7 @@ def _costs(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [("parameters", f"{plan['parameters']:,}")]
     if plan["prunable"]:
         kept = plan["prunable"] - plan["pruned"]
-        rows.append(
-            ("prunable weights", f"{plan['prunable']:,}, kept {kept:,} ({plan['prunable'] / max(kept, 1):.2f}x fewer)")
-        )
+        rows.append(("prunable weights", f"{plan['prunable']:,}, kept {kept:,} ({plan['prunable'] / max(kept, 1):.2f}x fewer)"))
         rows.append(
             (
                 "mask memory",

@@ -242,9 +242,7 @@ def mask_picture(name: str, mask: Tensor) -> MaskPicture:
         empty_rows=int((~matrix.any(axis=1)).sum()),
         empty_columns=int((~matrix.any(axis=0)).sum()),
         whole=_png(values, darkest),
-        window=_png(matrix[_middle(matrix.shape[0]), _middle(matrix.shape[1])].astype(np.float64), 1.0)
-        if averaged
-        else "",
+        window=_png(matrix[_middle(matrix.shape[0]), _middle(matrix.shape[1])].astype(np.float64), 1.0) if averaged else "",
     )
 
 

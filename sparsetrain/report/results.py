@@ -73,9 +73,7 @@ def _check_row(row: Mapping[str, Any]) -> list[str]:
     if (sparsity is None) != (compression is None):
         problems.append(f"sparsity is {sparsity} and compression is {compression}: give both or neither")
     elif sparsity is not None and not (0 <= sparsity < 1 and abs(compression * (1 - sparsity) - 1) <= 0.005):
-        follows = (
-            f"1 / (1 - {sparsity}) = {1 / (1 - sparsity):.4g}" if 0 <= sparsity < 1 else "sparsity is not in [0, 1)"
-        )
+        follows = f"1 / (1 - {sparsity}) = {1 / (1 - sparsity):.4g}" if 0 <= sparsity < 1 else "sparsity is not in [0, 1)"
         problems.append(f"compression is {compression}, but {follows}")
     met = None if goal is None else exact >= goal if row["higher_is_better"] else exact <= goal
     if row["met"] is not met:
@@ -94,9 +92,7 @@ def check_result(result: Mapping[str, Any]) -> list[str]:
     Example: ``check_result(load_result(path)) == []``.
     """
     rows = enumerate(result["rows"])
-    found = [
-        f"rows[{i}] ({row['method']}, {row['model']}): {problem}" for i, row in rows for problem in _check_row(row)
-    ]
+    found = [f"rows[{i}] ({row['method']}, {row['model']}): {problem}" for i, row in rows for problem in _check_row(row)]
     return found if result["rows"] else ["rows is empty: an experiment without a number"]
 
 
@@ -161,9 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Example: ``main(["--check", "README.md", "recipes/results/digits_gmp.json"])``.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m sparsetrain.report.results", description="Write results to README."
-    )
+    parser = argparse.ArgumentParser(prog="python -m sparsetrain.report.results", description="Write results to README.")
     parser.add_argument("readme", type=Path)
     parser.add_argument("results", type=Path, nargs="*")
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 when the README would change")

@@ -61,9 +61,7 @@ def plot_sparsity_curve(points: Points, total_steps: int, path: Path, title: str
     """
     stairs = _checked(points, total_steps)
     if path.suffix not in {".png", ".svg"}:
-        raise RecipeError(
-            f"cannot plot to {path}: the ending {path.suffix!r} is neither .png nor .svg. Use one of them."
-        )
+        raise RecipeError(f"cannot plot to {path}: the ending {path.suffix!r} is neither .png nor .svg. Use one of them.")
     with mpl.rc_context(STYLE):
         drawn = figure(8, 3.6)
         axes = drawn.subplots()
@@ -71,14 +69,10 @@ def plot_sparsity_curve(points: Points, total_steps: int, path: Path, title: str
         for name, start, end in phases(points, total_steps):
             axes.axvspan(start, end, color=SHADES[name], linewidth=0)
             middle, wide = (start + end) / 2, (end - start) / total_steps > 0.11
-            axes.text(
-                middle, 1.02, name if wide else "", transform=axes.get_xaxis_transform(), ha="center", color="#555555"
-            )
+            axes.text(middle, 1.02, name if wide else "", transform=axes.get_xaxis_transform(), ha="center", color="#555555")
         x, y = zip(*stairs, (total_steps, stairs[-1][1]), strict=True)
         axes.step(x, y, where="post", color=BLUE, linewidth=2)
-        axes.set(
-            xlim=(0, total_steps), ylim=(0, min(1.0, max(0.1, 1.15 * top))), xlabel="optimizer step", ylabel="sparsity"
-        )
+        axes.set(xlim=(0, total_steps), ylim=(0, min(1.0, max(0.1, 1.15 * top))), xlabel="optimizer step", ylabel="sparsity")
         axes.annotate(
             percent(y[-1]),
             (total_steps, y[-1]),

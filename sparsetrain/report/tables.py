@@ -57,9 +57,7 @@ def result_table(metrics: Mapping[str, Any]) -> Table:
     """
     best = bool(metrics.get("best"))
     title = "DIVERGED: no result" if diverged(metrics) else str(metrics.get("recipe") or "result")
-    table = Table(
-        title=Text(title, style="bold red" if diverged(metrics) else "bold"), title_justify="left", min_width=72
-    )
+    table = Table(title=Text(title, style="bold red" if diverged(metrics) else "bold"), title_justify="left", min_width=72)
     table.add_column("")
     for name in ("dense", "sparse", "change", *(["best"] if best else [])):
         table.add_column(name, justify="right")

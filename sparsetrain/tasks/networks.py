@@ -145,9 +145,7 @@ class SmallResNet(nn.Module):
             raise RecipeError(f"shortcut={shortcut!r} is not known; 'pad' or 'conv'")
         blocks, rest = divmod(depth - 2, 2 * len(widths))
         if blocks < 1 or rest:
-            raise RecipeError(
-                f"depth={depth} does not fit: with {len(widths)} stages it is {2 * len(widths)} * n + 2, n >= 1"
-            )
+            raise RecipeError(f"depth={depth} does not fit: with {len(widths)} stages it is {2 * len(widths)} * n + 2, n >= 1")
         self.num_classes = num_classes
         self.stages = len(widths)
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)

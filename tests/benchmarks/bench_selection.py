@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -59,9 +60,9 @@ def torch_global(layers: list[nn.Linear]) -> list[Tensor]:
     """prune.global_unstructured, then removed again so that the next round starts from the same layers."""
     weights = [layer.weight.detach().clone() for layer in layers]
     prune.global_unstructured([(layer, "weight") for layer in layers], prune.L1Unstructured, amount=0.5)
-    masks = [layer.weight_mask for layer in layers]
+    masks = [layer.get_buffer("weight_mask") for layer in layers]
     for layer, weight in zip(layers, weights, strict=True):
-        prune.remove(layer, "weight")
+        prune.remove(layer, "weight")  # type: ignore[no-untyped-call]
         layer.weight.data = weight
     return [mask.bool() for mask in masks]
 
@@ -69,7 +70,7 @@ def torch_global(layers: list[nn.Linear]) -> list[Tensor]:
 def our_global(layers: list[nn.Linear]) -> list[Tensor]:
     with torch.no_grad():
         count = sum(layer.weight.numel() for layer in layers) // 2
-        found = global_threshold([lambda layer=layer: layer.weight.abs() for layer in layers], count)
+        found = global_threshold([partial(torch.abs, layer.weight) for layer in layers], count)
         return [found.mask(i, layer.weight.abs()) for i, layer in enumerate(layers)]
 
 
@@ -149,7 +150,8 @@ def main() -> None:
     parser.add_argument("--memory", nargs=2, metavar=("CASE", "SIDE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
-        measure_memory(*options.memory, options.quick)
+        key, side = options.memory
+        measure_memory(key, side, options.quick)
         return
     rounds, load = 5 if options.quick else 3, os.getloadavg()[0]
     title = f"selection: best of {rounds}, {os.cpu_count()} CPUs, load {load:.1f}, torch {torch.__version__}"

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-Asked = Mapping[str, tuple[str, float]]
-
 
 @dataclass
 class Watched:
@@ -52,14 +50,16 @@ def assert_pattern(mask: Tensor, pattern: str, sparsity: float) -> None:
     if pattern == "unstructured":
         assert int(dead.sum()) == math.floor(exact * numel), f"{int(dead.sum())} of {numel} pruned, {sparsity} asked"
     elif pattern == "unstructured:row":
-        assert dead.sum(1).tolist() == [math.floor(exact * mask.shape[1])] * mask.shape[0]
+        found = set(dead.sum(1).tolist())
+        assert found == {math.floor(exact * mask.shape[1])}, f"rows with {sorted(found)} pruned, {sparsity} asked"
     elif pattern == "2:4":
         groups = [tuple(row[i : i + 4]) for row in dead.tolist() for i in range(0, len(row), 4)]
-        assert {sum(group) for group in groups} == ({2} if sparsity else {0})
+        found = {sum(group) for group in groups}
+        assert found == ({2} if sparsity else {0}), f"groups of 4 with {sorted(found)} pruned"
     elif pattern == "neurons":
         rows = dead.sum(1).tolist()
-        assert set(rows) <= {0, mask.shape[1]}
-        assert sum(row > 0 for row in rows) == math.floor(exact * mask.shape[0])
+        assert set(rows) <= {0, mask.shape[1]}, "a neuron is half pruned"
+        assert sum(row > 0 for row in rows) == math.floor(exact * mask.shape[0]), f"{rows} pruned, {sparsity} asked"
     else:
         raise AssertionError(f"no oracle for pattern {pattern!r}")
 
@@ -122,8 +122,8 @@ def same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
     """Two state dicts are equal bit for bit (so that -0.0 is not 0.0, and NaN is NaN)."""
     assert list(one) == list(other)
     for name in one:
-        first, second = (t[name].detach().cpu().contiguous() for t in (one, other))
+        first, second = (t[name].detach().cpu().reshape(-1) for t in (one, other))
         assert first.dtype == second.dtype
-        assert first.shape == second.shape
-        differing = int((first.view(torch.uint8) != second.view(torch.uint8)).sum()) if first.numel() else 0
+        assert one[name].shape == other[name].shape
+        differing = int(torch.count_nonzero(first.view(torch.uint8) != second.view(torch.uint8)))
         assert not differing, f"{name} differs in {differing} bytes"

@@ -105,7 +105,7 @@ class Run:
             return loss
 
         if isinstance(self.optimizer, LBFGS):
-            self.optimizer.step(closure)  # type: ignore[arg-type]
+            self.optimizer.step(closure)
         else:
             closure()
             self.optimizer.step()
@@ -125,6 +125,13 @@ class Run:
         self.watched.masks = self.manager.masks
 
 
+def fused_sgd_is_sound() -> bool:
+    parameter = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD([parameter], lr=0.5, fused=True).step()
+    return bool((parameter == 0.5).all())
+
+
 def test_every_optimizer_of_torch_is_here() -> None:
     names = {c.__name__ for c in optimizer_classes()}
     assert {"SGD", "Adam", "AdamW", "LBFGS", "Muon", "Adafactor", "ASGD", "Rprop", "Adamax", "NAdam", "RAdam"} <= names
@@ -134,6 +141,8 @@ def test_every_optimizer_of_torch_is_here() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("kind", "settings"), variants())
 def test_masks_hold_after_every_step(kind: type[Optimizer], settings: dict[str, Any], dtype: torch.dtype) -> None:
+    if dtype is torch.bfloat16 and kind is torch.optim.SGD and "fused" in settings and not fused_sgd_is_sound():
+        pytest.skip("this torch's fused SGD on a CPU leaves bfloat16 weights alone and garbles momentum (pytorch#191763)")
     run = Run(kind, settings, dtype)
     steps = 400 if {"foreach", "fused"} & settings.keys() else 1000
     for index in range(steps):
@@ -142,7 +151,7 @@ def test_masks_hold_after_every_step(kind: type[Optimizer], settings: dict[str, 
             before = run.net.fc1.weight.detach().clone()
         run.step(index)
         assert_promises(run.watched)
-    # Not in bfloat16: there small steps round away, and torch 2.13's fused SGD on a CPU writes no weights at all.
+    # Not in bfloat16, where small steps round away.
     assert dtype is torch.bfloat16 or not torch.equal(before, run.net.fc1.weight), "nothing trains: this shows nothing"
     assert bool(torch.isfinite(run.net.fc1.weight).all())
     assert run.manager.verify().ok

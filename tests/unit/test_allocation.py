@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from sparsetrain.allocation import NAMES, Share, get_allocation, global_, uniform
 from sparsetrain.errors import PatternError, RecipeError
-from sparsetrain.masks import MaskManager
+from sparsetrain.masks import MaskManager, Override
 from sparsetrain.patterns import NM, Block, Pattern, Slices, UnitPattern, Unstructured, parse_pattern
-from sparsetrain.pruning import prune
+from sparsetrain.pruning import final_sparsity, prune
 from sparsetrain.targets import Targets
 
 quick = settings(max_examples=120, deadline=None)
@@ -182,7 +182,7 @@ def test_patterns_fixed_by_rows_or_groups_cannot_follow_a_threshold(pattern: Pat
         (lambda: get_allocation("globl"), ["'globl'", "uniform, global", "Did you mean 'global'"]),
         (
             lambda: global_([share(torch.ones(4, 4)), share(torch.ones(4, 4), Block(2, 2))], 0.5),
-            ["single weights against", "uniform"],
+            ["several kinds", "unstructured", "block:2x2", "uniform"],
         ),
     ],
 )
@@ -196,3 +196,32 @@ def test_nothing_to_share_is_nothing() -> None:
     assert global_([], 0.5) == uniform([], 0.5) == {}
     assert {name: get_allocation(name) for name in NAMES} == NAMES
     assert share(torch.ones(3, 4), parse_pattern("2:4")).numel == 12
+
+
+def test_a_refused_sparsity_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    manager = MaskManager(model, Targets(head=True), "neurons")
+    with pytest.raises(PatternError):
+        prune(manager, 0.3)  # reachable in 8 neurons, not in 2
+    assert manager.masks == {}
+    assert all(bool((p != 0).all()) for p in model.parameters())
+
+
+def test_what_a_tensor_is_to_reach() -> None:
+    tensors = MaskManager(
+        nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))),
+        Targets(head=True),
+        "2:4",
+        {"^0": Override(sparsity=0.0), "^2": Override(pattern="1:4")},
+    )
+    assert [final_sparsity(t, None) for t in tensors] == [0.0, Fraction(1, 2), Fraction(3, 4)]
+
+
+def test_a_sparse_mask_is_true_where_alive() -> None:
+    model = nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(Tensor([[3.0, -1.0, 2.0]]))
+    manager = MaskManager(model)
+    prune(manager, 0.34)
+    assert manager.masks["weight"].tolist() == [[True, False, True]]
+    assert model.weight.tolist() == [[3.0, 0.0, 2.0]]

@@ -179,6 +179,12 @@ def test_counts_are_exact_in_decimals(sparsity: float, size: int, count: int) ->
     assert (~Slices(0).select(torch.arange(float(size)).view(size, 1), sparsity)).sum() == count
 
 
+def test_how_many_units_are_pruned() -> None:
+    assert Unstructured().pruned((4, 3), 0.5) == 6
+    assert Unstructured("row").pruned((4, 3), 0.5) == 4  # 1 of 3 in each of 4 rows
+    assert [Block(2, 2).pruned((5, 3), 0.5), Slices(0).pruned((5, 3), 0.5), Slices(1).pruned((5, 3), 0.5)] == [3, 2, 1]
+
+
 def test_the_decimals_above_are_those_that_binary_floats_miss() -> None:
     assert [math.floor(s * 100) for s in (0.29, 0.57, 0.07)] == [28, 56, 7]
     assert exact(0.29) == Fraction(29, 100)

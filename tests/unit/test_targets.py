@@ -253,16 +253,13 @@ def test_a_weight_that_is_no_plain_parameter_is_told(disturb: Callable[[nn.Modul
     targets = Targets().match(model).targets
     disturb(model[3])
     # replaced after matching: whoever asks for the parameter is told
-    with pytest.raises(
-        TargetError, match=r"3\.weight is no parameter of its .*Linear any more.*parametrization.*exclude"
-    ):
+    with pytest.raises(TargetError, match=r"3\.weight is no parameter of its .*Linear any more.*parametrization.*exclude"):
         _ = targets[1].parameter
     # before matching: left dense, and listed as such
     assert found(model) == ["0.weight"]
-    [(name, why)] = [(name, why) for name, why in dense(model).items() if name.startswith("3.")][:1]
-    assert why == "no supported layer", name
+    assert any(why.startswith("replaced by") for name, why in dense(model).items() if name.startswith("3."))
     disturb(model[0])
-    with pytest.raises(TargetError, match=r"no tensor of Sequential matches.*0.*no supported layer"):
+    with pytest.raises(TargetError, match=r"no tensor of Sequential matches.*0.*replaced by a parametrization"):
         Targets().match(model)
 
 
@@ -270,7 +267,7 @@ def test_torch_prune_on_a_recurrent_layer_is_no_target_either() -> None:
     model = nn.LSTM(4, 4)
     torch_prune.l1_unstructured(model, "weight_hh_l0", 0.5)
     assert found(model) == ["weight_ih_l0"]
-    assert dense(model) == {"weight_hh_l0_orig": "no supported layer"}
+    assert dense(model)["weight_hh_l0_orig"].startswith("replaced by")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""A run directory from the side of the run: is it free, may this recipe go on in it, and writing into it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from sparsetrain.callbacks.checkpoints import written
+from sparsetrain.errors import RecipeError
+from sparsetrain.recipe.build import check_weights, read_weights
+from sparsetrain.recipe.schema import parse_yaml, read_yaml
+from sparsetrain.report import write_report
+
+#: What may differ when a run goes on: how long and where it trains and what it tells, not what it trains.
+FREE = (
+    "question",
+    "dense_twin",
+    "checkpoint_every",
+    *(f"trainer.{key}" for key in ("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps")),
+    *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps")),
+    *(f"trainer.{key}" for key in ("enable_progress_bar", "enable_model_summary", "profiler", "detect_anomaly")),
+)
+_FULL = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers", "callbacks")
+
+
+def last_checkpoint(out: Path) -> Path:
+    """Where a run keeps its newest checkpoint."""
+    return out / "checkpoints" / "last.ckpt"
+
+
+def resume_path(ckpt_path: str | None, out: Path) -> Path | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    Raises `RecipeError` if the directory is in use by something this run would overwrite, or there is no checkpoint.
+    """
+    last = last_checkpoint(out)
+    path = last if ckpt_path == "last" else None if ckpt_path is None else Path(ckpt_path)
+    used = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if used and (path is None or path.absolute().parent != last.absolute().parent):
+        way = "go on with the run in it: --ckpt_path last" if last.is_file() else "delete it: it holds no checkpoint"
+        raise RecipeError(f"{out} is in use; choose another directory with --out, or {way}")
+    if path is not None and not path.is_file():
+        again = f"; the run in {out} ended before its first checkpoint, delete it and" if used else ";"
+        raise RecipeError(f"there is no checkpoint {path} to go on from{again} start the run without --ckpt_path")
+    return path
+
+
+def check_resume(checkpoint: Path, text: str, model: nn.Module) -> int:
+    """The step a checkpoint was written at; raises unless this recipe and model can go on from it exactly.
+
+    Keys of ``FREE`` may differ from the run that wrote it. Raises `RecipeError` for another recipe or a checkpoint of weights
+    alone, `MaskStateError` for one that cannot be read or is of another model.
+    """
+    content = read_weights(checkpoint)
+    missing = [key for key in _FULL if key not in content]
+    if missing:
+        raise RecipeError(
+            f"{checkpoint} holds weights but no {missing[0]}: it cannot be gone on from; start a new run from its "
+            f"weights: --init_from {checkpoint} --out NEW_DIRECTORY"
+        )
+    stored = checkpoint.parent.parent / "config.yaml"
+    if stored.is_file():
+        _require_same(stored, text)
+    # A model that makes its layers later, or says that it loads leniently, is Lightning's to check.
+    if isinstance(model, LightningModule) and model.strict_loading and not _builds_later(model):
+        check_weights(checkpoint, content["state_dict"], model)
+    return int(content["global_step"])
+
+
+def _builds_later(model: LightningModule) -> bool:
+    return type(model).configure_model is not LightningModule.configure_model
+
+
+def _require_same(stored: Path, text: str) -> None:
+    before, now = _flat(read_yaml(stored)), _flat(parse_yaml(text))
+    absent = "absent"
+    changed = [
+        key
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key, absent) != now.get(key, absent) and not key.startswith(FREE) and not key.endswith(".num_workers")
+    ]
+    if changed:
+        shown = ", ".join(f"{k} was {before.get(k, absent)} and is {now.get(k, absent)}" for k in changed[:4])
+        more = f", and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise RecipeError(
+            f"the recipe has changed since {stored.parent} was written: {shown}{more}. Go on with the recipe it was "
+            f"({stored}); only the length of training may change. Or start a new run from its weights: "
+            f"--init_from {stored.parent} --out NEW_DIRECTORY"
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    return {key: value for name, part in tree.items() for key, value in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+class WriteConfig(Callback):
+    """Writes config.yaml when training starts: a run that cannot start leaves nothing behind."""
+
+    def __init__(self, out: Path, text: str) -> None:
+        self.out = out
+        self.text = text
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Whatever can be checked has been."""
+        if trainer.is_global_zero:
+            with written(self.out / "config.yaml") as partial:
+                partial.write_text(self.text, encoding="utf-8")
+
+
+def write_metrics(out: Path, metrics: dict[str, Any]) -> None:
+    """Write metrics.json, whole or not at all, and the report."""
+    with written(out / "metrics.json") as partial:
+        partial.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    write_report(out)

@@ -1,0 +1,109 @@
+"""metrics.json: what a finished run is measured by, dense against sparse, and what was verified."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import nn
+
+from sparsetrain.callbacks import SparsityCallback
+
+#: Endings of metric names that are better when low.
+_LOWER = ("loss", "perplexity", "error")
+
+
+def evaluate(
+    config: Namespace,
+    model: LightningModule,
+    data: LightningDataModule,
+    method: SparsityCallback | None,
+    dense_file: Path,
+    twin: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The keys ``metric``, ``higher_is_better``, ``dense``, ``dense_from``, ``final`` and ``best`` of metrics.json.
+
+    ``dense`` are the metrics of the twin, else of the weights right before the first pruning, else None.
+    """
+    final = _test(config, model, data)
+    dense, source = None, None
+    if twin is not None:
+        dense, source = twin["final"], "dense twin: the same recipe without pruning"
+    elif method is not None and dense_file.is_file():
+        before = copy.deepcopy(model)
+        saved = torch.load(dense_file, map_location="cpu", weights_only=True)
+        before.load_state_dict(saved["state_dict"])
+        dense, source = _test(config, before, data), f"end of the dense phase (step {saved['global_step']})"
+    named = [name for name in final if name.endswith("accuracy")] or sorted(final)
+    return {
+        "metric": named[0] if named else None,
+        "higher_is_better": bool(named) and not named[0].endswith(_LOWER),
+        "dense": dense,
+        "dense_from": source,
+        "final": final,
+        # Chosen by looking at the data it is judged on, a best epoch flatters; the final one is what counts.
+        "best": None,
+    }
+
+
+def _test(config: Namespace, model: LightningModule, data: LightningDataModule) -> dict[str, float]:
+    """Metrics of the test set, or of the validation set where a data module has no test set."""
+    quiet = Trainer(
+        accelerator=config.trainer.accelerator,
+        devices=1,
+        precision=config.trainer.precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    run = quiet.test if type(model).test_step is not LightningModule.test_step else quiet.validate
+    results = run(model, datamodule=data, verbose=False)
+    return {name: float(value) for loader in results for name, value in loader.items()}
+
+
+def sparsity(method: SparsityCallback | None, model: nn.Module) -> dict[str, Any]:
+    """The keys ``sparsity``, ``layers``, ``verified``, ``problems`` and ``changes`` of metrics.json."""
+    parameters = sum(p.numel() for p in model.parameters())
+    if method is None:
+        empty = {"asked": 0.0, "actual": 0.0, "prunable": 0, "kept": 0, "compression": 1.0, "model": 0.0}
+        return {"sparsity": empty, "layers": [], "verified": True, "problems": [], "changes": []}
+    verification = method.masks.verify()
+    rows = verification.rows
+    prunable = sum(math.prod(row.shape) for row in rows)
+    kept = sum(row.kept for row in rows)
+    missing = method.shortfall()
+    return {
+        "sparsity": {
+            "asked": method.asked(),
+            "actual": 1 - kept / prunable,
+            "prunable": prunable,
+            "kept": kept,
+            "compression": prunable / kept,
+            "model": (prunable - kept) / parameters,
+        },
+        "layers": [
+            {
+                "name": row.name,
+                "aliases": list(row.aliases),
+                "shape": list(row.shape),
+                "pattern": row.pattern,
+                "asked": row.asked,
+                "actual": row.actual,
+                "kept": row.kept,
+                "ok": row.ok,
+                "problem": row.problem,
+            }
+            for row in rows
+        ],
+        "verified": verification.ok and missing is None,
+        "problems": verification.problems + ([missing] if missing else []),
+        "changes": [
+            {"step": c.step, "tensor": c.tensor, "died": c.died, "grew": c.grew, "why": c.why} for c in method.masks.changes
+        ],
+    }
