@@ -132,7 +132,7 @@ def _run(arguments: list[str]) -> int:
 
     if any(text.startswith("--print_config") for text in overrides):
         config = load_recipe(known.recipe, [text for text in overrides if not text.startswith("--print_config")])
-        print(recipe_parser().dump(config, skip_none=False), end="")
+        print(recipe_parser().dump(config, skip_unset=False), end="")
         return 0
     command = " ".join(["sparsetrain run", *arguments])
     metrics = run(known.recipe, overrides, known.out, known.ckpt_path, command)

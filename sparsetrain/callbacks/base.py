@@ -37,6 +37,7 @@ class SparsityCallback(Callback):
 
     _state: dict[str, Any] | None = None
     _seen = 0
+    _validation_due = False
 
     # -- to fill in -------------------------------------------------------------------------------------------------------
 
@@ -131,6 +132,7 @@ class SparsityCallback(Callback):
             "resume": self.resume.state_dict(),
             "method": self.method_state(),
             "seen": self._seen,
+            "validation_due": self._validation_due,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -171,6 +173,9 @@ class SparsityCallback(Callback):
             self._seen = current_step(trainer)
         self.on_begin(trainer, resumed is not None)
         self.log_sparsity(trainer)
+        if resumed is not None and resumed["validation_due"]:
+            # The checkpoint was written between a batch and its validation, which Lightning would take for done.
+            self.resume.validate(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the first batch of a resumed run from the streams saved."""
@@ -188,6 +193,8 @@ class SparsityCallback(Callback):
             if len(self.masks.changes) > changes:
                 self.log_sparsity(trainer)
         self.resume.on_train_batch_end(batch_idx)
+        loop: Any = trainer.fit_loop.epoch_loop
+        self._validation_due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation must not move the random streams of training."""
@@ -198,6 +205,7 @@ class SparsityCallback(Callback):
         """Tell the method, and put the streams back."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
+        self._validation_due = False
         self.resume.on_validation_end()
         self.on_validated(trainer)
 

@@ -137,6 +137,14 @@ class ExactResume:
             watch(fetcher, self)
             iter(fetcher)
 
+    def validate(self, trainer: Trainer) -> None:
+        """Run the validation that was due when the checkpoint was written."""
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        loop.restarting = False
+        trainer.validating = True
+        loop.run()
+        trainer.training = True
+
     def before_iterator(self) -> None:
         """Before the first batch every iterator is made from the same streams, however often Lightning makes it."""
         if self._iterator_streams is not None:

@@ -239,7 +239,9 @@ class PruneFinetune(SparsityCallback):
         self._reference, self._best, self._bad = state["reference"], state["best"], state["bad"]
 
     def shortfall(self) -> str | None:
-        """Training stopped before the schedule had ended."""
+        """Training stopped before the schedule had ended, or never began."""
+        if not self._curves:
+            return f"training never began: the masks are at sparsity {self.masks.sparsity():.4f}"
         steps = self._steps
         if self._done >= len(steps):
             return None

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sparsetrain.errors import MaskStateError, PatternError, TargetError, nearest
-from sparsetrain.masks import sharding
+from sparsetrain.errors import PatternError, TargetError, nearest
+from sparsetrain.masks import persistence, sharding
+from sparsetrain.masks.erase import bits_like, erase
 from sparsetrain.masks.optimizer_state import forget, mask_state, needs_masked_gradients
-from sparsetrain.masks.state import SavedMask, check_names, from_state, pack_bits, to_state
+from sparsetrain.masks.state import SavedMask
 from sparsetrain.masks.tensor import MaskChange, MaskedTensor, Override
 from sparsetrain.masks.verification import Verification, adopt_zeros, verify_tensor
 from sparsetrain.patterns import Pattern, Sparsity, exact, parse_pattern
@@ -64,7 +65,7 @@ class MaskManager:
         self.skipped = matched.skipped
         self.unclaimed: dict[str, str] = {}
         self.changes: list[MaskChange] = []
-        self.optimizers: list[tuple[Optimizer, RemovableHandle]] = []
+        self.optimizers: list[tuple[Optimizer, tuple[RemovableHandle, ...]]] = []
         self.followers: list[Mapping[str, Tensor]] = []
         self._masks_gradients = False
         default = parse_pattern(pattern)
@@ -109,8 +110,8 @@ class MaskManager:
 
     def sparsity(self) -> float:
         """Fraction of zeros over all targets."""
-        dead, numel = zip(*self.counts().values(), strict=True)
-        return sum(dead) / sum(numel)
+        counts = self.counts().values()
+        return sum(dead for dead, _ in counts) / sum(numel for _, numel in counts)
 
     # -- keeping ----------------------------------------------------------------------------------------------------------
 
@@ -118,11 +119,14 @@ class MaskManager:
         """Keep masks intact through these optimizers' steps; attaching one twice is attaching it once. Returns self.
 
         ``mask_gradients``: zero the gradients of pruned entries as soon as they exist; by default only for optimizers that need
-        it (LBFGS, Muon, ...). Say True if you clip by norm, so that pruned entries do not count; the callbacks do it themselves.
+        it (LBFGS, Muon, ...). Say True if you clip by norm, so that
+        pruned entries do not count; the callbacks do by themselves.
         """
         for optimizer in optimizers:
             if not any(optimizer is known for known, _ in self.optimizers):
-                self.optimizers.append((optimizer, optimizer.register_step_post_hook(lambda opt, *_: self.enforce(opt))))
+                before = optimizer.register_step_pre_hook(lambda opt, *_: self._before_step())
+                after = optimizer.register_step_post_hook(lambda opt, *_: self.enforce(opt))
+                self.optimizers.append((optimizer, (before, after)))
             if needs_masked_gradients(optimizer) if mask_gradients is None else mask_gradients:
                 self._masks_gradients = True
         for tensor in self:
@@ -131,8 +135,9 @@ class MaskManager:
 
     def detach(self) -> None:
         """Take every hook off; weights and masks stay as they are."""
-        for _, handle in self.optimizers:
-            handle.remove()
+        for _, handles in self.optimizers:
+            for handle in handles:
+                handle.remove()
         self.optimizers.clear()
         self.followers.clear()
         self._masks_gradients = False
@@ -153,6 +158,12 @@ class MaskManager:
         self.enforce()
         return self
 
+    def _before_step(self) -> None:
+        """Gradients that were written by hand have passed no hook."""
+        if self._masks_gradients:
+            for tensor in self:
+                tensor.mask_gradient(tensor.bind(True))
+
     @torch.no_grad()
     def enforce(self, optimizer: Optimizer | None = None) -> None:
         """Multiply weights by their masks: those of one optimizer, or all of them and every followed copy."""
@@ -161,16 +172,16 @@ class MaskManager:
             if tensor.mask is None:
                 continue
             parameter = tensor.bind(self._masks_gradients)
-            # uint8 view: multiplying by a large bool tensor runs at a fraction of the memory bandwidth.
-            mask = tensor.mask.view(torch.uint8)
-            if owned is None or id(parameter) in owned:
-                sharding.local(parameter).mul_(mask)
+            weight = sharding.local(parameter)
+            mask = bits_like(tensor.mask, weight)
             if optimizer is not None and not needs_masked_gradients(optimizer):
                 mask_state(optimizer, parameter, mask)
+            if owned is None or id(parameter) in owned:
+                erase(weight, mask)
         for copy in self.followers if optimizer is None else ():
             for name, value in copy.items():
                 if (alive := self.tensors[name].mask) is not None:
-                    sharding.local(value).mul_(alive.view(torch.uint8))
+                    erase(sharding.local(value), alive)
 
     # -- changing ---------------------------------------------------------------------------------------------------------
 
@@ -211,7 +222,7 @@ class MaskManager:
             if tensor.name in copy:
                 sharding.local(copy[tensor.name]).masked_fill_(dead, 0.0)
         for optimizer, _ in self.optimizers:
-            forget(optimizer, parameter, changed)
+            forget(optimizer, parameter, changed, dead)
         lost, back = sharding.total([died, grew], parameter)
         change = MaskChange(step, tensor.name, lost, back, why)
         if change.died or change.grew:
@@ -262,37 +273,13 @@ class MaskManager:
 
     def saved(self) -> dict[str, SavedMask]:
         """Every mask at rest, bit-packed. Under sharding every rank must call it, and each gets the whole masks."""
-        result = {}
-        for tensor in self:
-            mask = tensor.full_mask()
-            shape = tuple(mask.shape)
-            result[tensor.name] = SavedMask(shape, str(tensor.pattern), tensor.sparsity, int(mask.sum()), pack_bits(mask))
-        return result
+        return {tensor.name: persistence.saved_mask(tensor) for tensor in self}
 
     def state_dict(self) -> dict[str, Any]:
         """Masks and their history as plain tensors, numbers and text; 1 bit a weight; the same on one rank or many."""
-        return {**to_state(self.saved()), "changes": [[c.step, c.tensor, c.died, c.grew, c.why] for c in self.changes]}
+        return persistence.to_state(self)
 
     def load_state_dict(self, state: Mapping[str, Any], where: str = "the checkpoint") -> None:
         """Install saved masks. Raises `MaskStateError` by name for foreign, truncated or mismatching state, before any
         mask or weight is touched."""
-        saved = from_state(state, where)
-        check_names(saved, {t.name: t.target.shape for t in self}, where)
-        masks = {}
-        for tensor in self:
-            entry = saved[tensor.name]
-            masks[tensor.name] = entry.unpack(tensor.name)
-            try:
-                tensor.pattern.check(tensor.target.layout.view(masks[tensor.name]), entry.sparsity)
-            except PatternError as error:
-                raise MaskStateError(
-                    f"{where}: the mask of {tensor.name!r} was saved as {entry.pattern} and is no {tensor.pattern} ({error}); "
-                    "declare the pattern it has, or start dense"
-                ) from error
-        for tensor in self:
-            parameter = tensor.target.parameter
-            device = sharding.local(parameter).device
-            self.install(
-                tensor.name, sharding.take_local(masks[tensor.name].to(device), parameter), saved[tensor.name].sparsity
-            )
-        self.changes = [MaskChange(*change) for change in state.get("changes", [])]
+        persistence.load_state(self, state, where)

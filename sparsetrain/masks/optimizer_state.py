@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from sparsetrain.masks.erase import erase
 from sparsetrain.masks.sharding import local
 
 #: State that does not start at zero: its key, and the setting of the parameter group it starts from.
@@ -34,10 +35,10 @@ def needs_masked_gradients(optimizer: Optimizer) -> bool:
 
 
 def mask_state(optimizer: Optimizer, parameter: Tensor, mask: Tensor) -> None:
-    """Multiply every state tensor that has one entry a weight by the mask (uint8, this rank's part)."""
+    """Multiply every state tensor that has one entry a weight by the mask (integers, this rank's part)."""
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.ndim and local(value).shape == mask.shape:
-            local(value).mul_(mask)
+            erase(local(value), mask)
 
 
 def _entries(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
@@ -50,11 +51,14 @@ def _entries(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[str, Ten
             yield key, local(value), group
 
 
-def forget(optimizer: Optimizer, parameter: Tensor, entries: Tensor) -> None:
+def forget(optimizer: Optimizer, parameter: Tensor, entries: Tensor, dead: Tensor) -> None:
     """Reset the state of the marked entries of a parameter to what it is for a parameter never stepped.
 
-    ``entries`` is a local bool mask. LBFGS keeps flat histories over all parameters: it forgets them all.
+    ``entries`` and ``dead`` (what the mask prunes now) are local bool masks. LBFGS keeps flat histories over all parameters:
+    it forgets them all. Adafactor keeps a value a row and a column: those that are pruned whole are forgotten.
     """
+    if not bool(entries.any()):
+        return
     if isinstance(optimizer, LBFGS):
         owned = [p for group in optimizer.param_groups for p in group["params"]]
         if any(p is parameter for p in owned):
@@ -63,6 +67,11 @@ def forget(optimizer: Optimizer, parameter: Tensor, entries: Tensor) -> None:
     for key, value, group in _entries(optimizer, parameter):
         fresh = group.get(_FRESH[key], 0.0) if key in _FRESH else 0.0
         value.masked_fill_(entries, float(fresh))
+    factors = optimizer.state.get(parameter, {})
+    for key, dim in (("row_var", -1), ("col_var", -2)):
+        if isinstance(factors.get(key), Tensor) and dead.ndim > 1:
+            whole = (entries & dead).any(dim, keepdim=True) & dead.all(dim, keepdim=True)
+            local(factors[key]).masked_fill_(whole, 0.0)
 
 
 def remembered(optimizer: Optimizer, parameter: Tensor, dead: Tensor) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -28,13 +29,19 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class SavedMask:
-    """One mask at rest: full shape, pattern as text, exact sparsity, number of weights alive, and the packed bits."""
+    """One mask at rest: full shape, pattern as text, exact sparsity, number of weights alive, the packed bits, and their CRC-32
+    (0 stands for "made just now": it is filled in)."""
 
     shape: tuple[int, ...]
     pattern: str
     sparsity: Fraction
     alive: int
     bits: Tensor
+    crc: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.crc:
+            object.__setattr__(self, "crc", checksum(self.bits))
 
     def unpack(self, name: str) -> Tensor:
         """The bool mask. Raises `MaskStateError` naming the tensor if bits are missing or flipped."""
@@ -45,11 +52,17 @@ class SavedMask:
                 f"{math.ceil(numel / 8)} expected; take another copy of the file"
             )
         mask = unpack_bits(self.bits, self.shape)
-        if int(mask.sum()) != self.alive:
+        if checksum(self.bits) != self.crc or int(mask.sum()) != self.alive:
             raise MaskStateError(
-                f"mask of {name!r} is damaged: {int(mask.sum())} weights alive, the file says {self.alive}; take another copy"
+                f"mask of {name!r} is damaged: its bits ({int(mask.sum())} weights alive) are not those that were saved "
+                f"({self.alive} alive, CRC-32 {self.crc:08x}); take another copy"
             )
         return mask
+
+
+def checksum(bits: Tensor) -> int:
+    """CRC-32 of packed bits. Example: the same on every machine."""
+    return zlib.crc32(bits.detach().cpu().contiguous().numpy().tobytes())
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -71,6 +84,7 @@ def to_state(masks: Mapping[str, SavedMask]) -> dict[str, Any]:
             "pattern": saved.pattern,
             "sparsity": [saved.sparsity.numerator, saved.sparsity.denominator],
             "alive": saved.alive,
+            "crc": saved.crc,
             "bits": saved.bits,
         }
         for name, saved in masks.items()
@@ -95,6 +109,7 @@ def from_state(state: Any, where: str = "the state") -> dict[str, SavedMask]:
                 Fraction(*(int(n) for n in entry["sparsity"])),
                 int(entry["alive"]),
                 entry["bits"],
+                int(entry["crc"]),
             )
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise MaskStateError(f"{where}: the mask of {name!r} is incomplete or malformed ({error!r})") from error
@@ -119,7 +134,7 @@ def check_names(saved: Mapping[str, SavedMask], expected: Mapping[str, tuple[int
 def save_masks(path: Path, masks: Mapping[str, SavedMask]) -> None:
     """Write ``masks.safetensors``: the packed bits under each tensor's name, the rest as JSON in the metadata."""
     about = {
-        name: {"shape": list(s.shape), "pattern": s.pattern, "sparsity": str(s.sparsity), "alive": s.alive}
+        name: {"shape": list(s.shape), "pattern": s.pattern, "sparsity": str(s.sparsity), "alive": s.alive, "crc": s.crc}
         for name, s in masks.items()
     }
     metadata = {"sparsetrain": json.dumps({"version": VERSION, "masks": about})}
@@ -140,6 +155,7 @@ def read_masks(path: Path) -> dict[str, SavedMask]:
                     Fraction(entry["sparsity"]),
                     entry["alive"],
                     file.get_tensor(name),
+                    entry["crc"],
                 )
                 for name, entry in about["masks"].items()
             }

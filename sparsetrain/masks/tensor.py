@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsetrain.masks import sharding
+from sparsetrain.masks.erase import erase
 from sparsetrain.patterns import Pattern, exact
 from sparsetrain.targets import Target
 
@@ -68,12 +69,15 @@ class MaskedTensor:
     def bind(self, mask_gradient: bool) -> nn.Parameter:
         """Hook the gradient of the parameter there is now (sharding and ``to()`` replace parameters), and return it."""
         parameter = self.target.parameter
-        wanted = mask_gradient and parameter.requires_grad
-        if parameter is not self._bound or wanted != (self._handle is not None):
+        if parameter is not self._bound or mask_gradient != (self._handle is not None):
             self.unbind()
             self._bound = parameter
-            if wanted:
-                self._handle = parameter.register_post_accumulate_grad_hook(self._mask_gradient)  # type: ignore[no-untyped-call]
+            if mask_gradient:
+                # A frozen parameter takes no hook, but keeps one: it may be thawed later.
+                trainable = parameter.requires_grad
+                parameter.requires_grad_(True)
+                self._handle = parameter.register_post_accumulate_grad_hook(self.mask_gradient)  # type: ignore[no-untyped-call]
+                parameter.requires_grad_(trainable)
         return parameter
 
     def unbind(self) -> None:
@@ -83,14 +87,16 @@ class MaskedTensor:
         self._handle = self._bound = None
 
     @torch.no_grad()
-    def _mask_gradient(self, parameter: Tensor) -> None:
+    def mask_gradient(self, parameter: Tensor) -> None:
+        """Zero the gradient of pruned entries; called as soon as there is one."""
         if self.mask is None or parameter.grad is None:
             return
         grad = sharding.local(parameter.grad)
         if grad.is_sparse:
             grad = grad.coalesce()
             values = grad.values() * self.mask[grad.indices()[0]]
-            parameter.grad = torch.sparse_coo_tensor(grad.indices(), values, grad.shape, is_coalesced=True)
+            parameter.grad = torch.sparse_coo_tensor(
+                grad.indices(), values, grad.shape, is_coalesced=True, check_invariants=False
+            )
         else:
-            # uint8 view: multiplying by a large bool tensor runs at a fraction of the memory bandwidth.
-            grad.mul_(self.mask.view(torch.uint8))
+            erase(grad, self.mask)

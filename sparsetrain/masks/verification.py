@@ -151,7 +151,7 @@ def adopt_zeros(manager: MaskManager) -> dict[str, str]:
     for stored, parameter in manager.model.named_parameters():
         name = plain_name(stored)
         if name in manager.skipped and parameter.ndim > 1:
-            share = Fraction(int((parameter == 0).sum()), parameter.numel())
+            share = Fraction(sharding.total([sharding.local(parameter.detach()) == 0], parameter)[0], parameter.numel())
             if share:
                 unclaimed[name] = f"is {float(share):.0%} zero but no target: {manager.skipped[name]}"
     return unclaimed

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from safetensors.torch import load_file
 from torch import nn
@@ -45,8 +46,8 @@ def as_recipe_error(what: str) -> Iterator[None]:
             cause = cause.__cause__
             if isinstance(cause, SparsetrainError):
                 raise cause from None
-        text = str(cause) or "no message"
-        raise RecipeError(f"{what} could not be built: {type(cause).__name__}: {text}") from error
+        kind = "" if isinstance(cause, MisconfigurationException) else f"{type(cause).__name__}: "
+        raise RecipeError(f"{what} could not be built: {kind}{' '.join(str(cause).split())}") from error
 
 
 def build(config: Namespace, *, load: bool = True) -> Built:
@@ -58,6 +59,12 @@ def build(config: Namespace, *, load: bool = True) -> Built:
     model, data = instantiate(config, "model"), instantiate(config, "data")
     method, callbacks = instantiate(config, "method"), instantiate(config, "callbacks")
     if method is not None:
+        rivals = [type(c).__name__ for c in callbacks or [] if isinstance(c, SparsityCallback)]
+        if rivals:
+            raise RecipeError(
+                f"method {type(method).__name__} and callbacks {', '.join(rivals)} would both set masks, and one would undo "
+                "the other; keep one of them (overrides give single tensors another pattern or sparsity)"
+            )
         method.use(model)
     if config.init_from is not None and load:
         start_from(Path(config.init_from), model, method)

@@ -30,7 +30,7 @@ def explain(message: str, parser: ArgumentParser) -> str:
         or _class(message, prefix)
         or _missing(message, prefix, classes)
         or _value(errors, prefix, given[0].strip() if given else "")
-        or f"{prefix}: {_plain(message)}"
+        or _plain(message, prefix)
     )
 
 
@@ -68,6 +68,8 @@ def _missing(message: str, prefix: str, classes: list[str]) -> str | None:
     if found := re.search(r"[Kk]ey \"([^\"]+)\" is required|[Oo]ption '([^']+)' is required", message):
         return f"key {(found[1] or found[2])!r} is required and missing"
     if found := re.search(r"the following arguments are required: ([\w, ]+)", message):
+        if prefix == "the recipe":
+            return f"key {found[1]!r} is required and missing"
         whose = f" of {classes[-1]}" if classes else ""
         return f"{prefix}: required arguments{whose} are missing: {found[1]}; add them under init_args"
     return None
@@ -87,7 +89,9 @@ def _value(errors: str, prefix: str, given: str) -> str | None:
     return f"{prefix}: {given} is not {kinds}{hint}"
 
 
-def _plain(message: str) -> str:
+def _plain(message: str, prefix: str) -> str:
+    if stray := re.search(r"unrecognized arguments: (.+)", message):
+        return f"unexpected {stray[1]!r}: overrides are written --key value"
     noise = (
         r"Does not validate against.*",
         r"Subtypes: .*",
@@ -96,7 +100,8 @@ def _plain(message: str) -> str:
         r"- Expected a <class 'None.*",
     )
     lines = [line.strip() for line in message.splitlines()]
-    return " ".join(line for line in lines if line and not any(re.match(pattern, line) for pattern in noise))
+    text = " ".join(line for line in lines if line and not any(re.match(pattern, line) for pattern in noise))
+    return text if prefix == "the recipe" else f"{prefix}: {text}"
 
 
 def _options(class_path: str) -> set[str]:

@@ -17,8 +17,9 @@ from sparsetrain.errors import RecipeError
 class History(Logger):
     """Appends ``{"step": ..., name: value, ...}`` rows; NaN and infinity are written as null, which JSON has no words for.
 
-    With ``resume_step``, what was logged after that step is dropped before the first new row, and what is already there for
-    that step is not logged twice. Raises `RecipeError` when the disk refuses.
+    With ``resume_step``, what was logged after that step is dropped before the first new row, and a new row for that step
+    that only repeats the latest values (a resumed run says where it stands) is left out. Raises `RecipeError`
+    when the disk refuses.
 
     Example: ``Trainer(logger=History(Path("runs/x/history.jsonl")))``.
     """
@@ -27,7 +28,8 @@ class History(Logger):
         super().__init__()
         self.path = path
         self._resume_step = resume_step
-        self._known: set[str] = set()
+        self._resumed_at: int | None = None
+        self._latest: dict[str, float | None] = {}
 
     @property
     def name(self) -> str:
@@ -45,15 +47,15 @@ class History(Logger):
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         epoch = row.pop("epoch", None)
         head: dict[str, Any] = {"step": step} | ({} if epoch is None else {"epoch": int(epoch)})
-        line = json.dumps(head | row)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self._resume_step is not None:
-                self._known = set(self._cut(self._resume_step))
-                self._resume_step = None
-            if line not in self._known:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+                self._cut(self._resume_step)
+                self._resumed_at, self._resume_step = self._resume_step, None
+            if step == self._resumed_at and row.items() <= self._latest.items():
+                return
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(head | row) + "\n")
         except OSError as error:
             raise RecipeError(
                 f"{self.path} could not be written ({error}); free space, or choose another directory with --out"
@@ -63,18 +65,17 @@ class History(Logger):
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """config.yaml has them."""
 
-    def _cut(self, step: int) -> list[str]:
-        """Drop what was logged after a step (and a line that was cut off); returns what stays for that step."""
+    def _cut(self, step: int) -> None:
+        """Drop what was logged after a step (and a line that was cut off), note the latest values of the rest."""
         if not self.path.exists():
-            return []
-        kept, last = [], []
+            return
+        kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                at = int(json.loads(line).get("step") or 0)
+                row = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if at <= step:
+            if int(row.get("step") or 0) <= step:
                 kept.append(line)
-                last += [line] if at == step else []
+                self._latest |= row
         self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        return last

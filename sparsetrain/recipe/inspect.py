@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,10 @@ def inspect_checkpoint(path: Path, pattern: str | None = None) -> Verification:
     checkpoint = read_weights(path)
     weights = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
     state = saved_masks(checkpoint)
-    masks: dict[str, SavedMask] | None = None
-    if state is not None:
-        masks = from_state(state, str(path))
-    elif path.is_dir() and (path / "masks.safetensors").is_file():
-        masks = read_masks(path / "masks.safetensors")
+    masks = None if state is None else from_state(state, str(path))
+    beside = path / "masks.safetensors"
+    saved = read_masks(beside) if beside.is_file() else None
+    masks = saved if masks is None else masks
     if masks is None:
         if pattern is None:
             raise MaskStateError(
@@ -38,7 +38,18 @@ def inspect_checkpoint(path: Path, pattern: str | None = None) -> Verification:
                 "pattern: --pattern unstructured, --pattern 2:4"
             )
         return _zeros(weights, parse_pattern(pattern), path)
-    return Verification([_row(name, saved, weights) for name, saved in masks.items()])
+    rows = [_row(name, mask, weights) for name, mask in masks.items()]
+    return Verification([_beside(row, masks[row.name], saved) for row in rows])
+
+
+def _beside(row: VerifiedTensor, mask: SavedMask, saved: dict[str, SavedMask] | None) -> VerifiedTensor:
+    """The same row, unless the run's masks.safetensors says something else than its checkpoint."""
+    if row.problem or saved is None:
+        return row
+    other = saved.get(row.name)
+    if other is not None and other.shape == mask.shape and torch.equal(other.bits, mask.bits):
+        return row
+    return replace(row, problem="masks.safetensors has another mask than the checkpoint")
 
 
 def _row(name: str, saved: SavedMask, weights: dict[str, Any]) -> VerifiedTensor:
@@ -84,17 +95,30 @@ def _zeros(weights: dict[str, Tensor], pattern: Pattern, path: Path) -> Verifica
         zeros = weight == 0
         if weight.ndim < 2 or not bool(zeros.any()):
             continue
-        problem, sparsity, kept = None, 0.0, weight.numel() - int(zeros.sum())
-        try:
-            exact = pattern.sparsity_of(zeros)
-            sparsity = float(exact)
-            lost = int((~pattern.select(weight.abs().float(), exact) & ~zeros).sum())
-            problem = f"{lost} weights would have to be zero for {pattern} and are not" if lost else None
-        except PatternError as error:
-            problem = str(error)
+        kept = weight.numel() - int(zeros.sum())
+        sparsity, problem = _matches(weight, pattern)
         rows.append(
             VerifiedTensor(name, (), tuple(weight.shape), str(pattern), sparsity, 1 - kept / weight.numel(), kept, problem)
         )
     if not rows:
         raise MaskStateError(f"{path} is dense: no weight matrix in it has a zero")
     return Verification(rows)
+
+
+def _matches(weight: Tensor, pattern: Pattern) -> tuple[float, str | None]:
+    """The sparsity at which a weight's zeros form the pattern, or what is wrong; either layout of a matrix will do."""
+    first: tuple[float, str | None] | None = None
+    for view in (weight, weight.transpose(0, 1)) if weight.ndim == 2 else (weight,):
+        zeros = view == 0
+        try:
+            sparsity = pattern.sparsity_of(zeros)
+            lost = int((~pattern.select(view.abs().float(), sparsity) & ~zeros).sum())
+            text = f"{lost} weights would have to be zero for {pattern} and are not" if lost else None
+            found = float(sparsity), text
+        except PatternError as error:
+            found = 0.0, str(error)
+        if found[1] is None:
+            return found
+        first = first or found
+    assert first is not None
+    return first

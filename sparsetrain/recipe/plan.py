@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from torch import nn
 from sparsetrain.callbacks import SparsityCallback
 from sparsetrain.errors import PatternError, RecipeError, SparsetrainError
 from sparsetrain.masks import MaskManager
-from sparsetrain.patterns import UnitPattern
-from sparsetrain.recipe.build import instantiate
+from sparsetrain.patterns import Sparsity, UnitPattern, exact
+from sparsetrain.recipe.build import as_recipe_error, instantiate
 from sparsetrain.recipe.flops import example_input, positions
 from sparsetrain.recipe.schema import load_recipe
 from sparsetrain.schedules import Clock
@@ -69,8 +68,7 @@ def plan(recipe: Path, overrides: Sequence[str] = ()) -> Plan:
     if config.method is None:
         raise RecipeError("the recipe has no method: it trains dense, there is nothing to plan")
     result = Plan()
-    with torch.device("meta"):
-        model = instantiate(config, "model")
+    model = _model(config, result)
     method: SparsityCallback = instantiate(config, "method")
     result.parameters = sum(p.numel() for p in model.parameters())
     try:
@@ -86,13 +84,27 @@ def plan(recipe: Path, overrides: Sequence[str] = ()) -> Plan:
     except SparsetrainError as error:
         if not any(str(error) == problem for problem in result.problems) and not result.problems:
             result.problems.append(str(error))
+    if config.init_from is not None and not Path(config.init_from).exists():
+        result.problems.append(f"init_from: {config.init_from!r} is no file or run directory")
     data = _load_data(config, result)
     _fill_curve(result, config, method, data)
     _fill_flops(result, model, data)
     return result
 
 
+def _model(config: Namespace, result: Plan) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return instantiate(config, "model")  # type: ignore[no-any-return]
+    except SparsetrainError:
+        # Its constructor looks at values, which the meta device has none of; if it is broken, it breaks again.
+        model: nn.Module = instantiate(config, "model")
+        result.notes.append("the model cannot be built on the meta device; it was built in memory")
+        return model
+
+
 def _fill_tensors(result: Plan, method: SparsityCallback, manager: MaskManager) -> None:
+    shared: dict[Sparsity, int] = {}
     for tensor in manager:
         shape = tensor.target.view_shape
         numel = math.prod(shape)
@@ -105,11 +117,14 @@ def _fill_tensors(result: Plan, method: SparsityCallback, manager: MaskManager) 
         except PatternError as error:
             problem = str(error)
             result.problems.append(f"{tensor.name}: {problem}")
+        free = method.is_global and tensor.goal is None
+        if free and final is not None:
+            shared[final] = shared.get(final, 0) + numel
+        else:
+            result.pruned += count or 0
         result.prunable += numel
-        result.pruned += count or 0
         result.mask_bytes += numel
         result.checkpoint_bytes += math.ceil(numel / 8)
-        free = method.is_global and tensor.goal is None
         result.tensors.append(
             PlannedTensor(
                 tensor.name,
@@ -121,9 +136,11 @@ def _fill_tensors(result: Plan, method: SparsityCallback, manager: MaskManager) 
                 problem,
             )
         )
+    # One threshold has one budget, rounded down once.
+    result.pruned += sum(math.floor(exact(final) * numel) for final, numel in shared.items())
 
 
-def _pruned_weights(pattern: Any, shape: tuple[int, ...], sparsity: Fraction | float) -> int:
+def _pruned_weights(pattern: Any, shape: tuple[int, ...], sparsity: Sparsity) -> int:
     pruned = int(pattern.pruned(shape, sparsity))
     if isinstance(pattern, UnitPattern):
         return round(pruned * math.prod(shape) / pattern.units(shape))
@@ -134,10 +151,11 @@ def _load_data(config: Namespace, result: Plan) -> LightningDataModule | None:
     if config.data is None:
         result.notes.append("no data in the recipe: epochs have no length in steps")
         return None
-    data: LightningDataModule = instantiate(config, "data")
     try:
-        data.prepare_data()
-        data.setup("fit")
+        data: LightningDataModule = instantiate(config, "data")
+        with as_recipe_error("data"):
+            data.prepare_data()
+            data.setup("fit")
     except SparsetrainError as error:
         result.problems.append(str(error))
         return None
@@ -157,8 +175,9 @@ def _fill_curve(result: Plan, config: Namespace, method: SparsityCallback, data:
 
 def _clock(config: Namespace, data: LightningDataModule | None) -> Clock:
     per_epoch = None
-    if data is not None:
-        batches = len(data.train_dataloader())
+    loader = data.train_dataloader() if data is not None else None
+    if isinstance(loader, Sized):
+        batches = len(loader)
         limit = config.trainer.limit_train_batches
         if isinstance(limit, float) and limit < 1:
             batches = int(batches * limit)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,9 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sparsetrain.errors import RecipeError
+from sparsetrain.recipe.schema import read_yaml
 
 _KEYS = {"question", "recipe", "seeds", "model", "data", "rows"}
 _ROW_KEYS = {"method", "overrides", "published", "source", "goal"}
@@ -39,19 +39,16 @@ class _Job:
 
 def load_experiment(path: Path) -> dict[str, Any]:
     """Read an experiment file; raises `RecipeError` for a missing file or key."""
-    if not path.is_file():
-        raise RecipeError(f"experiment {str(path)!r} is no file")
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is no YAML: {error}") from error
-    missing = _KEYS - set(found if isinstance(found, dict) else ())
+    found = read_yaml(path, "experiment")
+    missing = _KEYS - set(found)
     if missing:
-        raise RecipeError(f"{path} lacks {', '.join(sorted(missing))}")
+        raise RecipeError(f"{path} lacks {', '.join(sorted(missing))}; an experiment has {', '.join(sorted(_KEYS))}")
+    if not found["rows"] or not found["seeds"]:
+        raise RecipeError(f"{path}: rows and seeds must name at least one each")
     for index, row in enumerate(found["rows"]):
         if _ROW_KEYS - set(row):
             raise RecipeError(f"{path}: rows[{index}] lacks {', '.join(sorted(_ROW_KEYS - set(row)))}")
-    return dict(found)
+    return found
 
 
 def record(path: Path, jobs: int = 1, work: Path = Path("runs/record"), results: Path = Path("recipes/results")) -> Path:
@@ -67,7 +64,12 @@ def record(path: Path, jobs: int = 1, work: Path = Path("runs/record"), results:
         _job(recipe, index, row, seed, work) for index, row in enumerate(experiment["rows"]) for seed in experiment["seeds"]
     ]
     with ThreadPoolExecutor(max_workers=jobs) as pool:
-        finished = list(pool.map(_run, todo))
+        try:
+            finished = list(pool.map(_run, todo))
+        except BaseException:
+            # What waits must not start after an error or Ctrl-C.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     result = {
         "question": experiment["question"],
         "command": f"sparsetrain record {path.as_posix()}",
@@ -89,7 +91,11 @@ def record(path: Path, jobs: int = 1, work: Path = Path("runs/record"), results:
 
 def _job(recipe: Path, index: int, row: Mapping[str, Any], seed: int, work: Path) -> _Job:
     out = work / f"row{index}-seed{seed}"
-    options = [str(text) for pair in row["overrides"].items() for text in (f"--{pair[0]}", pair[1])]
+    options = [
+        text
+        for key, value in row["overrides"].items()
+        for text in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+    ]
     command = [
         sys.executable,
         "-m",
@@ -111,6 +117,8 @@ def _run(job: _Job) -> dict[str, Any]:
         began = time.monotonic()
         last = job.out / "checkpoints" / "last.ckpt"
         resume = ["--ckpt_path", "last"] if last.is_file() else []
+        if not resume and job.out.exists():
+            shutil.rmtree(job.out)  # broken off before its first checkpoint
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run([*job.command, *resume], env=environment, capture_output=True, text=True, check=False)
         print(f"row {job.row} seed {job.seed}: {time.monotonic() - began:.0f} s", flush=True)
@@ -123,6 +131,11 @@ def _run(job: _Job) -> dict[str, Any]:
 
 
 def _row(experiment: Mapping[str, Any], row: Mapping[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    lacking = [run["recipe"] for run in runs if "test/accuracy" not in run["final"]]
+    if lacking:
+        raise RecipeError(
+            f"recipe {lacking[0]!r} logs no 'test/accuracy', which is what is recorded; it logs {', '.join(runs[0]['final'])}"
+        )
     values = [round(100 * (1 - run["final"]["test/accuracy"]), 4) for run in runs]
     sparsity = statistics.fmean(run["sparsity"]["actual"] for run in runs)
     patterns = sorted({layer["pattern"] for run in runs for layer in run["layers"]}) or ["dense"]

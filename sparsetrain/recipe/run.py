@@ -58,7 +58,7 @@ def run(
     resume = resume_path(ckpt_path, out)
     if config.init_from is not None:
         config.init_from = str(Path(config.init_from).absolute())
-    text = recipe_parser().dump(config, skip_none=False)
+    text = recipe_parser().dump(config, skip_unset=False)
     seed_everything(config.seed, workers=True, verbose=False)
     built = build(config, load=resume is None)
     model = require_lightning(built.model)
@@ -181,7 +181,7 @@ def _twin(recipe: Path, overrides: Sequence[str], out: Path) -> dict[str, Any]:
     off = [*overrides, "--method", "null", "--dense_twin", "false"]
     has_last = last_checkpoint(where).is_file()
     if has_last and (where / "metrics.json").is_file():
-        text = recipe_parser().dump(load_recipe(recipe, off), skip_none=False)
+        text = recipe_parser().dump(load_recipe(recipe, off), skip_unset=False)
         if (where / "config.yaml").read_text(encoding="utf-8") == text:
             return dict(json.loads((where / "metrics.json").read_text(encoding="utf-8")))
     if where.exists() and not has_last:

@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
@@ -70,7 +70,20 @@ def recipe_parser(prog: str = "sparsetrain run", description: str | None = None)
     parser.add_argument("--dense_twin", type=bool, default=False, help="train the same recipe without the method too")
     parser.add_argument("--checkpoint_every", type=str, default="1ep", help="how often last.ckpt is written: 1ep, 500st")
     parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=set(_OURS))
+    integers_first(parser)
     return parser
+
+
+def integers_first(parser: ArgumentParser) -> None:
+    """Try int before float wherever both are allowed, so that 1 stays 1: to Lightning one batch, where 1.0 is all of them.
+
+    The order written down is not reliable: ``typing`` caches unions without regard to it, so that it depends on imports.
+    """
+    for action in parser._actions:
+        kinds = get_args(getattr(action, "_typehint", None))
+        if int in kinds and float in kinds:
+            rest = tuple(kind for kind in kinds if kind is not int)
+            action._typehint = Union[(int, *rest)]  # type: ignore[attr-defined]
 
 
 def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:

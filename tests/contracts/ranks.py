@@ -65,9 +65,7 @@ def _rank(rank: int, work: Callable[[Path], Any], folder: Path) -> None:
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": "1",  # read by Lightning, used by nobody: the group is there already
     }
-    dist.init_process_group(
-        "gloo", f"file://{folder}/rendezvous", datetime.timedelta(seconds=60), world_size=RANKS, rank=rank
-    )
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", datetime.timedelta(seconds=60), world_size=RANKS, rank=rank)
     try:
         torch.save(work(folder), folder / f"rank{rank}.pt")
     except BaseException:

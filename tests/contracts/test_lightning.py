@@ -64,8 +64,8 @@ def test_readers_see_exact_zeros_everywhere(name: str, reader_first: bool) -> No
 
 @pytest.mark.parametrize("name", RUNS)
 def test_without_the_manager_readers_see_revived_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MaskManager, "attach", lambda self, *optimizers: self)
-    monkeypatch.setattr(MaskedTensor, "bind", lambda self: self.target.parameter)
+    monkeypatch.setattr(MaskManager, "attach", lambda self, *optimizers, **settings: self)
+    monkeypatch.setattr(MaskedTensor, "bind", lambda self, *args: self.target.parameter)
     reader = Reader()
     of_task, of_trainer = RUNS[name]
     run = trainer(reader, PruneFinetune(sparsity=0.5, schedule=OneShot("0st")), **of_trainer)
@@ -94,8 +94,8 @@ class TwoOptimizers(Task):
     def configure_optimizers(self) -> Any:
         return sgd(self.net.fc1.parameters()), adamw([*self.net.fc2.parameters(), *self.net.head.parameters()])
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # type: ignore[override]
-        for index, optimizer in enumerate(self.optimizers()):  # type: ignore[arg-type]
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        for index, optimizer in enumerate(self.optimizers()):
             optimizer.zero_grad()
             loss = F.cross_entropy(self(batch[0]), batch[1])
             self.manual_backward(loss)
@@ -239,10 +239,11 @@ def test_a_broken_promise_fails_the_run() -> None:
     module = task()
     run = trainer(prune)
     run.fit(module, *loaders())
-    prune.masks["net.fc1.weight"].mask.view(-1)[0] ^= True
+    mask = prune.masks.masks["net.fc1.weight"].view(-1)
+    mask[0] ^= True
     with pytest.raises(PatternError, match=r"net\.fc1\.weight.*exactly 64"):
         prune.on_fit_end(run, module)
-    prune.masks["net.fc1.weight"].mask.view(-1)[0] ^= True
+    mask[0] ^= True
     module.net.fc1.weight.data.fill_(float("nan"))
     with pytest.raises(PatternError, match=r"net\.fc1\.weight"):
         prune.on_fit_end(run, module)

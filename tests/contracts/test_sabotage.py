@@ -59,10 +59,11 @@ def nothing(*args: Any, **kwargs: Any) -> None:
     """Does nothing."""
 
 
-def attach_and_let_go(self: MaskManager, *optimizers: torch.optim.Optimizer) -> MaskManager:
-    _attach(self, *optimizers)
-    for _, handle in self.optimizers:
-        handle.remove()
+def attach_and_let_go(self: MaskManager, *optimizers: torch.optim.Optimizer, **settings: Any) -> MaskManager:
+    _attach(self, *optimizers, **settings)
+    for _, handles in self.optimizers:
+        for handle in handles:
+            handle.remove()
     return self
 
 
@@ -104,13 +105,19 @@ SABOTAGE: dict[str, tuple[Callable[[Patch], None], type[torch.optim.Optimizer], 
         "pruned weights are not zero",
     ),
     "gradient hook": (
-        lambda patch: patch.setattr(MaskedTensor, "_mask_gradient", nothing),
-        torch.optim.AdamW,
+        lambda patch: patch.setattr(MaskedTensor, "mask_gradient", nothing),
+        torch.optim.Muon,
         AssertionError,
-        "AdamW.exp_avg remembers",
+        "Muon.momentum_buffer remembers",
     ),
     "state clearing": (
         lambda patch: patch.setattr("sparsetrain.masks.manager.forget", nothing),
+        torch.optim.Muon,
+        AssertionError,
+        "Muon.momentum_buffer remembers",
+    ),
+    "state masking": (
+        lambda patch: patch.setattr("sparsetrain.masks.manager.mask_state", nothing),
         torch.optim.AdamW,
         AssertionError,
         "AdamW.exp_avg remembers",

@@ -34,6 +34,10 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
 
 
+def muon(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Muon([p for p in parameters if p.ndim == 2], lr=0.01)
+
+
 def sparse_net(optimizer: Callable[[Any], torch.optim.Optimizer] = adam) -> tuple[Net, Any, MaskManager, Watched]:
     """A net trained for some steps, then pruned to 50 %, as it is at the start of the tests below."""
     torch.manual_seed(0)
@@ -89,7 +93,7 @@ def test_a_masked_run_is_the_run_of_a_network_without_those_weights(optimizer: s
     masks = {name: mask.clone() for name, mask in manager.masks.items()}
     mine = getattr(torch.optim, optimizer)(net.parameters(), **settings)
     theirs = getattr(torch.optim, optimizer)(oracle.parameters(), **settings)
-    manager.attach(mine)
+    manager.attach(mine, mask_gradients=clip is not None)
     for index in range(50):
         x, y = batch(index)
         mine.zero_grad()
@@ -214,13 +218,14 @@ def test_parameter_groups_may_come_later() -> None:
         assert_promises(watch(net, manager, opt))
 
 
+@pytest.mark.parametrize("optimizer", [adam, muon])
 @pytest.mark.parametrize("when", ["before attach", "after attach"])
-def test_frozen_layers_may_thaw(when: str) -> None:
+def test_frozen_layers_may_thaw(when: str, optimizer: Any) -> None:
     torch.manual_seed(0)
     net = Net()
     if when == "before attach":
         net.fc1.requires_grad_(False)
-    opt = adam(net.parameters())
+    opt = optimizer(net.parameters())
     manager = MaskManager(net).attach(opt)
     prune(manager, 0.5)
     net.fc1.requires_grad_(False)
@@ -233,9 +238,10 @@ def test_frozen_layers_may_thaw(when: str) -> None:
     assert net.fc1.weight in opt.state
 
 
-def test_gradients_written_by_hand() -> None:
+@pytest.mark.parametrize("optimizer", [adam, muon])
+def test_gradients_written_by_hand(optimizer: Any) -> None:
     """``torch.autograd.grad`` accumulates nothing, so no hook of the parameter sees its gradient."""
-    net, opt, _, watched = sparse_net()
+    net, opt, _, watched = sparse_net(optimizer)
     for index in range(5):
         x, y = batch(index)
         parameters = list(net.parameters())

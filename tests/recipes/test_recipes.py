@@ -1,0 +1,75 @@
+"""Every recipe in the folder parses, says what it is for, is in the index, and plans without a problem."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from sparsetrain.recipe import header, load_recipe, plan
+from sparsetrain.recipe.record import load_experiment
+from tests.recipes.conftest import Cli
+from tests.recipes.test_run import metrics
+
+ROOT = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(ROOT.glob("*.yaml"))
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+
+
+def test_there_are_recipes() -> None:
+    assert "quickstart.yaml" in [path.name for path in RECIPES]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_says_what_it_is_for(path: Path) -> None:
+    head = header(path)
+    assert {"question", "command", "expected", "minutes"} <= head.keys()
+    assert float(head["minutes"]) > 0
+    assert head["question"].endswith("?")
+    assert head["question"] == load_recipe(path).question
+    assert f"sparsetrain run recipes/{path.name}" in head["command"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_is_in_the_index(path: Path) -> None:
+    head = header(path)
+    cells = [f"[{path.name}]({path.name})", head["question"], f"`{head['command']}`", head["expected"], head["minutes"]]
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert "| " + " | ".join(cells) + " |" in lines
+
+
+def test_the_index_names_no_other_file() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    named = [line.split("](")[1].split(")")[0] for line in lines if line.startswith("| [")]
+    assert sorted(named) == [path.name for path in RECIPES]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_plans_without_a_problem(path: Path) -> None:
+    if "SPARSETRAIN_DATA=" in header(path)["command"] and "SPARSETRAIN_DATA" not in os.environ:
+        pytest.skip("its data are looked for in SPARSETRAIN_DATA, which is not set")
+    found = plan(path)
+    assert found.problems == []
+    assert found.curve
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
+def test_an_experiment_names_a_recipe_and_overrides_it_knows(path: Path) -> None:
+    experiment = load_experiment(path)
+    for row in experiment["rows"]:
+        options = [text for key, value in row["overrides"].items() for text in (f"--{key}", str(value))]
+        load_recipe(path.parent / experiment["recipe"], options)
+
+
+def test_quickstart_does_what_it_says(cli: Cli, tmp_path: Path) -> None:
+    """Shortened: 12 of 30 epochs, 0.9 in 3 rounds."""
+    short = ["--trainer.max_epochs", "12", "--method.schedule.rounds", "3"]
+    assert cli("run", ROOT / "quickstart.yaml", *short, "--out", tmp_path / "out").code == 0
+    found = metrics(str(tmp_path / "out"))
+    # 0.9 of the 64*300 + 300*100 weights, rounded down; the head is left dense.
+    assert found["sparsity"]["prunable"] - found["sparsity"]["kept"] == 44280
+    assert found["verified"] is True
+    assert found["dense_from"].startswith("dense twin")
+    assert found["final"]["test/accuracy"] > found["dense"]["test/accuracy"] - 0.03
+    assert found["final"]["test/accuracy"] > 0.9
