@@ -18,7 +18,7 @@ from sparsetrain.errors import RecipeError, SparsetrainError, nearest
 
 EXAMPLES = {
     "run": "sparsetrain run recipes/quickstart.yaml --method.sparsity 0.95 --out runs/first",
-    "plan": "sparsetrain plan recipes/quickstart.yaml --method.pattern 2:4 --method.sparsity null",
+    "plan": "sparsetrain plan recipes/quickstart.yaml --method.sparsity 0.98",
     "verify": "sparsetrain verify runs/first",
     "report": "sparsetrain report runs/first",
     "list": "sparsetrain list schedules",

@@ -79,7 +79,8 @@ def _value(errors: str, prefix: str, given: str) -> str | None:
     expected = re.findall(r"Expected an? <class '([^']+)'>", errors)
     choices = re.findall(r"'([^']+)'|\b(\d+)\b", " ".join(re.findall(r"typing\.Literal\[([^\]]+)\]", errors)))
     literals = list(dict.fromkeys(text or number for text, number in choices))
-    if not given or not (expected or literals):
+    foreign = re.search(r"^\s*- (?!Expected an? (<class|typing\.Literal|dot import))", errors, re.MULTILINE)
+    if not given or foreign or not (expected or literals):
         return None
     if literals:
         return f"{prefix}: {given} is none of {', '.join(literals)}.{nearest(given, literals)}"
@@ -97,9 +98,9 @@ def _plain(message: str, prefix: str) -> str:
         r"Subtypes: .*",
         r"Errors:",
         r"Given value.*",
-        r"- Expected a <class 'None.*",
+        r"Expected a <class 'None.*",
     )
-    lines = [line.strip() for line in message.splitlines()]
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     text = " ".join(line for line in lines if line and not any(re.match(pattern, line) for pattern in noise))
     return text if prefix == "the recipe" else f"{prefix}: {text}"
 

@@ -14,9 +14,10 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,13 +64,7 @@ def record(path: Path, jobs: int = 1, work: Path = Path("runs/record"), results:
     todo = [
         _job(recipe, index, row, seed, work) for index, row in enumerate(experiment["rows"]) for seed in experiment["seeds"]
     ]
-    with ThreadPoolExecutor(max_workers=jobs) as pool:
-        try:
-            finished = list(pool.map(_run, todo))
-        except BaseException:
-            # What waits must not start after an error or Ctrl-C.
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    finished = _run_all(todo, jobs)
     result = {
         "question": experiment["question"],
         "command": f"sparsetrain record {path.as_posix()}",
@@ -87,6 +82,26 @@ def record(path: Path, jobs: int = 1, work: Path = Path("runs/record"), results:
     target = results / f"{path.stem}.json"
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return target
+
+
+def _run_all(todo: Sequence[_Job], jobs: int) -> list[dict[str, Any]]:
+    """The metrics of every job; after an error or Ctrl-C none is started any more."""
+    stop = threading.Event()
+
+    def attempt(job: _Job) -> dict[str, Any]:
+        if stop.is_set():
+            raise CancelledError
+        try:
+            return _run(job)
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        try:
+            return list(pool.map(attempt, todo))
+        finally:
+            stop.set()
 
 
 def _job(recipe: Path, index: int, row: Mapping[str, Any], seed: int, work: Path) -> _Job:

@@ -28,7 +28,7 @@ from sparsetrain.callbacks.progress import EpochLines
 from sparsetrain.errors import DivergedError, RecipeError
 from sparsetrain.masks import save_masks
 from sparsetrain.recipe.build import Built, as_recipe_error, build, require_lightning
-from sparsetrain.recipe.directory import WriteConfig, check_resume, last_checkpoint, resume_path, write_metrics
+from sparsetrain.recipe.directory import BeginAtTheEnd, WriteConfig, check_resume, last_checkpoint, resume_path, write_metrics
 from sparsetrain.recipe.flops import flops
 from sparsetrain.recipe.history import History
 from sparsetrain.recipe.metrics import evaluate, sparsity
@@ -101,19 +101,21 @@ def _train(config: Namespace, built: Built, out: Path, text: str, resume: Path |
     history = History(out / "history.jsonl", resume_step=step if resume is not None else None)
     trainer = make_trainer(config, built, out, history, text)
     method = built.method
+    if resume is not None and method is not None:
+        trainer.callbacks.insert(0, BeginAtTheEnd(method))  # type: ignore[attr-defined]
     if isinstance(method, PruneFinetune):
         method.before_first_change = lambda t: _save_dense(t, method, out)
+    if 0 in (trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches):  # type: ignore[attr-defined]
+        raise RecipeError(
+            f"nothing would be trained: trainer.max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
+            f"limit_train_batches={config.trainer.limit_train_batches}; give all of them more than 0"
+        )
     with _as_recipe_errors():
         trainer.fit(
             require_lightning(built.model),
             datamodule=built.data,
             ckpt_path=None if resume is None else str(resume),
             weights_only=None,
-        )
-    if trainer.global_step == 0:
-        raise RecipeError(
-            f"not one optimizer step was taken: trainer.max_epochs={config.trainer.max_epochs}, "
-            f"max_steps={config.trainer.max_steps}, {trainer.num_training_batches} batches an epoch; nothing was trained"
         )
     trainer.save_checkpoint(out / "checkpoints" / "final.ckpt")
 

@@ -78,7 +78,7 @@ OPTIONS = {
         ["PruneFinetune", "undo"],
     ),
     "precision": (["--trainer.precision", "bogus"], ["bogus", "16-mixed"]),
-    "nothing to train": (["--trainer.max_epochs", "0"], ["max_epochs=0", "nothing was trained"]),
+    "nothing to train": (["--trainer.max_epochs", "0"], ["max_epochs=0", "nothing would be trained"]),
     "no network card": (["--trainer.accelerator", "hpu"], ["trainer", "accelerator"]),
 }  # fmt: skip
 
@@ -196,9 +196,7 @@ def test_a_read_only_disk(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("broken", ["torch.save", "os.replace"])
-def test_a_full_disk_leaves_the_previous_checkpoint(
-    broken: str, tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_previous_checkpoint(broken: str, tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     saves = 0
 
     def full_from_the_second(plain: object) -> object:
@@ -228,10 +226,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
 
 def test_a_diverged_run_keeps_the_last_good_checkpoint(tiny: Path, cli: Cli) -> None:
     # The second epoch starts with a learning rate no network survives.
-    jump = (
-        "{class_path: torch.optim.lr_scheduler.MultiplicativeLR, "
-        "init_args: {lr_lambda: tests.recipes.extension.explode}}"
-    )
+    jump = "{class_path: torch.optim.lr_scheduler.MultiplicativeLR, init_args: {lr_lambda: tests.recipes.extension.explode}}"
     ended = cli("run", tiny, "--model.lr_schedule", jump, "--out", "out")
     assert ended.code == 2
     assert "diverged" in ended.err

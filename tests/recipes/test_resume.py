@@ -108,9 +108,7 @@ def test_a_run_interrupted_in_its_dense_twin(tiny: Path, cli: Cli, monkeypatch: 
     assert_equal_runs("whole/dense", "broken/dense")
 
 
-def test_without_the_saved_state_the_end_is_another(
-    tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_saved_state_the_end_is_another(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin of the tests above: a checkpoint that does not say where the run was does not pass them."""
     options = ["--checkpoint_every", "7st"]
     assert cli("run", tiny, *options, "--out", "whole").code == 0

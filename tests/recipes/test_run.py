@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +151,15 @@ def test_a_run_prints_what_a_user_needs_and_no_more(tiny: Path) -> None:
     assert len(ended.stdout.splitlines()) < 30
 
 
-def test_real_warnings_are_shown() -> None:
-    import logging
-    import warnings
-
-    with pytest.warns(UserWarning, match="something is wrong"), quiet():
-        warnings.warn("something is wrong", stacklevel=1)
+def test_only_expected_warnings_are_silenced() -> None:
+    logger = logging.getLogger("lightning.pytorch")
+    with quiet():
         warnings.warn("The loader does not have many workers", stacklevel=1)
-        assert logging.getLogger("lightning.pytorch").isEnabledFor(logging.WARNING)
-        assert not logging.getLogger("lightning.pytorch").isEnabledFor(logging.INFO)
-    assert logging.getLogger("lightning.pytorch").isEnabledFor(logging.INFO)
+        with pytest.raises(UserWarning, match="something is wrong"):
+            warnings.warn("something is wrong", stacklevel=1)
+        assert logger.isEnabledFor(logging.WARNING)
+        assert not logger.isEnabledFor(logging.INFO)
+    assert logger.isEnabledFor(logging.INFO)
+    with pytest.raises(UserWarning, match="LeafSpec"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.warn("LeafSpec", stacklevel=1)

@@ -77,7 +77,14 @@ PLANS: dict[str, list[str]] = {
         "true",
     ],
     "cubic": ["--method.schedule", "{class_path: Cubic, init_args: {end: 50%, every: 3st}}"],
-    "half batches": ["--trainer.limit_train_batches", "0.5", "--trainer.accumulate_grad_batches", "2", "--trainer.max_epochs", "4"],
+    "half batches": [
+        "--trainer.limit_train_batches",
+        "0.5",
+        "--trainer.accumulate_grad_batches",
+        "2",
+        "--trainer.max_epochs",
+        "4",
+    ],
     "few batches": ["--trainer.limit_train_batches", "7", "--trainer.max_epochs", "9"],
 }
 
@@ -158,9 +165,7 @@ def test_seven_billion_weights_in_two_seconds(llama: Path) -> None:
     assert found.flops["sparse"] / found.flops["dense"] == pytest.approx((prunable / 2 + head) / (prunable + head))
 
 
-def test_the_printed_plan_and_its_picture(
-    vision: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_printed_plan_and_its_picture(vision: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(vision), "--out", str(tmp_path / "pictures")])
     assert ended.value.code == 0

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,17 @@ def metrics(**changed: Any) -> dict[str, Any]:
 
 
 def write_masks(path: Path, masks: dict[str, np.ndarray]) -> None:
+    packed = {name: np.packbits(mask.ravel(), bitorder="little") for name, mask in masks.items()}
     about = {
-        name: {"shape": list(mask.shape), "pattern": "unstructured", "sparsity": "9/10", "alive": int(mask.sum())}
+        name: {
+            "shape": list(mask.shape),
+            "pattern": "unstructured",
+            "sparsity": "9/10",
+            "alive": int(mask.sum()),
+            "crc": zlib.crc32(packed[name].tobytes()),
+        }
         for name, mask in masks.items()
     }
-    packed = {name: np.packbits(mask.ravel(), bitorder="little") for name, mask in masks.items()}
     save_file(packed, str(path), metadata={"sparsetrain": json.dumps({"version": 1, "masks": about})})
 
 

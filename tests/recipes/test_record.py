@@ -1,0 +1,122 @@
+"""Recorded experiments: a recipe over seeds, interrupted and continued, into a file whose claims follow from its numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsetrain.recipe import record as module
+from sparsetrain.recipe.record import record
+from sparsetrain.report.results import check_result, load_result
+from tests.recipes.conftest import Cli
+
+EXPERIMENT = """\
+question: Does pruning hurt?
+recipe: ../tiny.yaml
+seeds: [0, 1]
+model: MLP
+data: digits
+rows:
+  - {method: dense, overrides: {method: null}, published: null, source: null, goal: null}
+  - method: PruneFinetune
+    overrides: {method.pattern: 2:4, method.sparsity: null, method.schedule: null, method.allocation: uniform}
+    published: 5
+    source: somebody
+    goal: 100
+"""
+
+
+@pytest.fixture
+def experiment(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An experiment on the tiny recipe; its runs go through the command line, but in this process."""
+    from sparsetrain.cli import main
+
+    class Done:
+        stderr = "the run's own message"
+
+        def __init__(self, code: int) -> None:
+            self.returncode = code
+
+    def call(command: list[str], **options: Any) -> Done:
+        assert command[1:3] == ["-m", "sparsetrain.cli"]
+        assert options["env"]["OMP_NUM_THREADS"] == "1"
+        with pytest.raises(SystemExit) as ended:
+            main(command[3:])
+        return Done(int(ended.value.code or 0))
+
+    monkeypatch.setattr(module.subprocess, "run", call)
+    path = tiny.parent / "experiments" / "tiny_pruning.yaml"
+    path.parent.mkdir()
+    path.write_text(EXPERIMENT, encoding="utf-8")
+    return path
+
+
+def test_an_experiment_is_recorded(experiment: Path, cli: Cli) -> None:
+    ended = cli("record", experiment, "--work", "work", "--results", "results")
+    assert ended.code == 0, ended.err
+    result = load_result(Path("results/tiny_pruning.json"))
+    assert check_result(result) == []
+    dense, pruned = result["rows"]
+    assert (dense["sparsity"], dense["pattern"], dense["met"]) == (0, "dense", None)
+    assert (pruned["sparsity"], pruned["pattern"], pruned["met"]) == (0.5, "2:4", True)
+    assert result["command"].endswith("experiments/tiny_pruning.yaml")
+    for index, row in enumerate(result["rows"]):
+        runs = [json.loads(Path(f"work/tiny_pruning/row{index}-seed{s}/metrics.json").read_text()) for s in (0, 1)]
+        errors = [100 - 100 * run["final"]["test/accuracy"] for run in runs]
+        assert row["values"] == pytest.approx(errors, abs=1e-3)
+        assert [run["seed"] for run in runs] == [0, 1]
+
+
+def test_an_interrupted_experiment_goes_on(experiment: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli("record", experiment, "--work", "whole", "--results", "whole").code == 0
+    through, started = module.subprocess.run, []
+
+    def break_off(command: list[str], **options: Any) -> object:
+        started.append(command)
+        if len(started) == 3:
+            # Killed before its first checkpoint.
+            Path(command[command.index("--out") + 1]).mkdir(parents=True)
+            Path(command[command.index("--out") + 1], "config.yaml").write_text("seed: 0", encoding="utf-8")
+            raise KeyboardInterrupt
+        return through(command, **options)
+
+    monkeypatch.setattr(module.subprocess, "run", break_off)
+    assert cli("record", experiment, "--work", "work", "--results", "results").code == 130
+    assert len(started) == 3
+    assert not Path("results").exists()
+    assert cli("record", experiment, "--work", "work", "--results", "results").code == 0
+    assert len(started) == 3 + 2
+    results = [load_result(Path(where, "tiny_pruning.json"))["rows"] for where in ("whole", "results")]
+    assert results[0] == results[1]
+
+
+def test_a_failing_run_stops_the_experiment(experiment: Path, cli: Cli) -> None:
+    experiment.write_text(EXPERIMENT.replace("goal: 100", "goal: 100\n").replace("2:4", "2:7"), encoding="utf-8")
+    ended = cli("record", experiment, "--work", "work", "--results", "results")
+    assert ended.code == 2
+    assert "the run's own message" in ended.err
+    assert not Path("results").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("seeds: [0, 1]", "seeds: []"), "seeds"),
+        (("question: Does pruning hurt?\n", ""), "question"),
+        (("goal: 100", "gaol: 100"), "rows[1] lacks goal"),
+        (("recipe: ../tiny.yaml", "recipe: ../tinny.yaml"), "'tiny.yaml'"),
+    ],
+)
+def test_experiments_that_are_none(
+    change: tuple[str, str], told: str, experiment: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment.write_text(EXPERIMENT.replace(*change), encoding="utf-8")
+    ended = cli("record", experiment, "--work", "work", "--results", "results")
+    assert ended.code == 2
+    assert told in ended.err
+    assert not Path("results").exists()
+    with pytest.raises(Exception, match="no file"):
+        record(Path("nowhere.yaml"))
