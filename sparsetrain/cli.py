@@ -127,6 +127,8 @@ def _run(arguments: list[str]) -> int:
     known, overrides = _recipe_arguments("run", arguments)
     if known.keys:
         return 0
+    from lightning.pytorch.utilities import rank_zero_only
+
     from sparsetrain.recipe import load_recipe, recipe_parser, run
     from sparsetrain.report import result_table
 
@@ -137,7 +139,8 @@ def _run(arguments: list[str]) -> int:
     command = " ".join(["sparsetrain run", *arguments])
     metrics = run(known.recipe, overrides, known.out, known.ckpt_path, command)
     out = known.out or Path("runs") / known.recipe.stem
-    console = Console()
+    # With several processes each one gets here; one speaks.
+    console = Console(quiet=getattr(rank_zero_only, "rank", 0) != 0)
     console.print(result_table(metrics))
     console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
     return 0 if metrics["verified"] else 1

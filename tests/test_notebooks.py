@@ -68,6 +68,10 @@ def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(ROOT)
+    here, scratch = tmp_path / "here", tmp_path / "scratch"
+    here.mkdir()
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
 
     def run(notebook: NotebookNode) -> NotebookNode:
         for cell in code(notebook):
@@ -75,7 +79,7 @@ def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return NotebookClient(
-                notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+                notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(here)}}
             ).execute()
 
     return run
@@ -97,7 +101,7 @@ def test_runs_and_shows_what_is_committed(path, execute, tmp_path):
     executed = execute(read(path))
     assert faults(executed) == []
     assert plots(executed) == plots(committed)
-    assert list(tmp_path.iterdir()) == []  # a reader's directory stays as it was
+    assert list((tmp_path / "here").iterdir()) == []  # a reader's directory stays as it was
 
 
 @every_notebook

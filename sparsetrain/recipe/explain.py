@@ -55,6 +55,9 @@ def _class(message: str, prefix: str) -> str | None:
     if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         names = {n for n in dir(importlib.import_module(found[1])) if not n.startswith("_")}
         return f"{prefix}: there is no class {found[2]!r} in {found[1]}.{nearest(found[2], names | class_names())}"
+    if found := re.search(r"does not correspond to a subclass of (\w+)", message):
+        given = re.search(r"(?:Given value|Got value|given class_path)[: ]+'?([\w.]+)", message)
+        return f"{prefix}: {given[1] if given else 'the class'} is no {found[1]}"
     if found := re.search(r"No module named '([\w.]+)'", message):
         path = re.search(r"Problem with given class_path '([^']+)'(?!.*class_path)", message, re.DOTALL)
         whole = repr(path[1]) if path else "the class"
@@ -94,6 +97,7 @@ def _plain(message: str, prefix: str) -> str:
     if stray := re.search(r"unrecognized arguments: (.+)", message):
         return f"unexpected {stray[1]!r}: overrides are written --key value"
     noise = (
+        r"[Pp]arser key \"[^\"]+\":?$",
         r"Does not validate against.*",
         r"Subtypes: .*",
         r"Errors:",

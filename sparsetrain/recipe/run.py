@@ -21,9 +21,10 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.utilities import rank_zero_only
 
 from sparsetrain.callbacks import PruneFinetune, SparsityCallback
-from sparsetrain.callbacks.checkpoints import AtomicCheckpoints, StopOnDivergence
+from sparsetrain.callbacks.checkpoints import AtomicCheckpoints, StopOnDivergence, written
 from sparsetrain.callbacks.progress import EpochLines
 from sparsetrain.errors import DivergedError, RecipeError
 from sparsetrain.masks import save_masks
@@ -88,10 +89,18 @@ def run(
         metrics |= sparsity(built.method, model)
         metrics["flops"] = flops(model, built.method.manager if built.method else None, built.data)
         metrics["seconds"] = {"total": round(time.monotonic() - began, 2), "fit": round(fitted - began, 2)}
-    if built.method is not None:
-        save_masks(out / "masks.safetensors", built.method.masks.saved())
-    write_metrics(out, metrics)
+    masks = None if built.method is None else built.method.masks.saved()
+    if _speaks():
+        if masks is not None:
+            with written(out / "masks.safetensors") as partial:
+                save_masks(partial, masks)
+        write_metrics(out, metrics)
     return metrics
+
+
+def _speaks() -> bool:
+    """With several processes one writes and prints."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
 def _train(config: Namespace, built: Built, out: Path, text: str, resume: Path | None, step: int) -> None:
@@ -105,7 +114,7 @@ def _train(config: Namespace, built: Built, out: Path, text: str, resume: Path |
         trainer.callbacks.insert(0, BeginAtTheEnd(method))  # type: ignore[attr-defined]
     if isinstance(method, PruneFinetune):
         method.before_first_change = lambda t: _save_dense(t, method, out)
-    if 0 in (trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches):  # type: ignore[attr-defined]
+    if 0 in (trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches):
         raise RecipeError(
             f"nothing would be trained: trainer.max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
             f"limit_train_batches={config.trainer.limit_train_batches}; give all of them more than 0"
@@ -188,7 +197,8 @@ def _twin(recipe: Path, overrides: Sequence[str], out: Path) -> dict[str, Any]:
             return dict(json.loads((where / "metrics.json").read_text(encoding="utf-8")))
     if where.exists() and not has_last:
         shutil.rmtree(where)
-    print("dense twin: the same recipe without pruning")
+    if _speaks():
+        print("dense twin: the same recipe without pruning")
     return run(recipe, off, where, "last" if has_last else None)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Union, get_args
 
@@ -56,6 +57,7 @@ def parse_yaml(text: str) -> Any:
 set_loader("recipe", parse_yaml)
 
 
+@cache
 def recipe_parser(prog: str = "sparsetrain run", description: str | None = None) -> ArgumentParser:
     """The parser of recipes: ``--config`` files first, then ``--any.key value`` on top."""
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False, parser_mode="recipe")

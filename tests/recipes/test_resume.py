@@ -73,7 +73,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
 
 
 def test_a_killed_run_ends_like_an_uninterrupted_one(tiny: Path, cli: Cli) -> None:
-    options = ["--trainer.max_epochs", "40", "--dense_twin", "true"]
+    options = ["--trainer.max_epochs", "15", "--dense_twin", "true"]
     assert cli("run", tiny, *options, "--out", "whole").code == 0
     command = [sys.executable, "-m", "sparsetrain.cli", "run", str(tiny), *options, "--out", "broken"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:

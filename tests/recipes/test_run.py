@@ -160,6 +160,3 @@ def test_only_expected_warnings_are_silenced() -> None:
         assert logger.isEnabledFor(logging.WARNING)
         assert not logger.isEnabledFor(logging.INFO)
     assert logger.isEnabledFor(logging.INFO)
-    with pytest.raises(UserWarning, match="LeafSpec"), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.warn("LeafSpec", stacklevel=1)
