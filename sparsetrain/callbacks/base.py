@@ -211,6 +211,10 @@ class SparsityCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Verify. Raises `PatternError` for a broken promise; warns if less was reached than asked."""
+        if self._state is not None:
+            # Resumed at its very end, a run never starts: what it remembers is still to be taken back.
+            self._state["validation_due"] = False
+            self.on_train_start(trainer, pl_module)
         self.masks.enforce()
         self.verification = self.masks.verify(strict=True)
         missing = self.shortfall()

@@ -175,7 +175,7 @@ def _find_folder(name: str, root: str | None) -> Path | None:
     looked = ", ".join(str(place.absolute()) for place in places)
     raise DataError(
         f"the data {name!r} are not there; looked in {looked}. Pass root=, or set the environment variable "
-        f"{FOLDER_VARIABLE} to the folder that contains {name!r}.{nearest(name, KNOWN)}"
+        f"{FOLDER_VARIABLE} to the folder that contains {name!r}." + ("" if name in KNOWN else nearest(name, KNOWN))
     )
 
 

@@ -75,7 +75,8 @@ class MaskManager:
             compiled = compile_regex(regex, "overrides")
             hits = [t for t in self.tensors.values() if any(compiled.search(n) for n in (t.name, *t.target.aliases))]
             if not hits:
-                raise TargetError(f"override {regex!r} matches no target.{nearest(regex, self.tensors)}")
+                few = ", ".join(list(self.tensors)[:4])
+                raise TargetError(f"override {regex!r} matches no target ({few}, ...).{nearest(regex, self.tensors)}")
             for tensor in (t for t in hits if t.name not in settled):
                 settled.add(tensor.name)
                 tensor.pattern = parse_pattern(override.pattern) if override.pattern is not None else tensor.pattern

@@ -24,7 +24,7 @@ def exact(sparsity: Sparsity) -> Fraction:
     value = sparsity if isinstance(sparsity, Fraction) else Fraction(repr(float(sparsity)))
     if not 0 <= value < 1:
         hint = f"; {float(value)} percent is {float(value) / 100}" if 1 < value < 100 else ""
-        raise PatternError(f"sparsity {float(value)} is outside [0, 1): it is the fraction of zeros{hint}")
+        raise PatternError(f"sparsity {float(value)} is outside [0, 1): it is the fraction of zeros, such as 0.9{hint}")
     return value
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from sparsetrain.callbacks import SparsityCallback
 from sparsetrain.callbacks.checkpoints import written
 from sparsetrain.errors import RecipeError
 from sparsetrain.recipe.build import check_weights, read_weights
@@ -112,26 +111,6 @@ class WriteConfig(Callback):
         if trainer.is_global_zero:
             with written(self.out / "config.yaml") as partial:
                 partial.write_text(self.text, encoding="utf-8")
-
-
-class BeginAtTheEnd(Callback):
-    """A run resumed at its very end trains no more, so that no method hears of its checkpoint; here it does.
-
-    Goes before the method, whose `on_fit_end` asks whether the schedule was finished.
-    """
-
-    def __init__(self, method: SparsityCallback) -> None:
-        self.method = method
-        self.trained = False
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning is going to train."""
-        self.trained = True
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning did not."""
-        if not self.trained:
-            self.method.on_train_start(trainer, pl_module)
 
 
 def write_metrics(out: Path, metrics: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ def _class(message: str, prefix: str) -> str | None:
         names = {n for n in dir(importlib.import_module(found[1])) if not n.startswith("_")}
         return f"{prefix}: there is no class {found[2]!r} in {found[1]}.{nearest(found[2], names | class_names())}"
     if found := re.search(r"does not correspond to a subclass of (\w+)", message):
-        given = re.search(r"(?:Given value|Got value|given class_path)[: ]+'?([\w.]+)", message)
+        given = re.search(r"(?:Given value|Got value): '?([\w.]+)", message)
         return f"{prefix}: {given[1] if given else 'the class'} is no {found[1]}"
     if found := re.search(r"No module named '([\w.]+)'", message):
         path = re.search(r"Problem with given class_path '([^']+)'(?!.*class_path)", message, re.DOTALL)

@@ -29,7 +29,7 @@ from sparsetrain.callbacks.progress import EpochLines
 from sparsetrain.errors import DivergedError, RecipeError
 from sparsetrain.masks import save_masks
 from sparsetrain.recipe.build import Built, as_recipe_error, build, require_lightning
-from sparsetrain.recipe.directory import BeginAtTheEnd, WriteConfig, check_resume, last_checkpoint, resume_path, write_metrics
+from sparsetrain.recipe.directory import WriteConfig, check_resume, last_checkpoint, resume_path, write_metrics
 from sparsetrain.recipe.flops import flops
 from sparsetrain.recipe.history import History
 from sparsetrain.recipe.metrics import evaluate, sparsity
@@ -110,8 +110,6 @@ def _train(config: Namespace, built: Built, out: Path, text: str, resume: Path |
     history = History(out / "history.jsonl", resume_step=step if resume is not None else None)
     trainer = make_trainer(config, built, out, history, text)
     method = built.method
-    if resume is not None and method is not None:
-        trainer.callbacks.insert(0, BeginAtTheEnd(method))  # type: ignore[attr-defined]
     if isinstance(method, PruneFinetune):
         method.before_first_change = lambda t: _save_dense(t, method, out)
     if 0 in (trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches):

@@ -163,9 +163,7 @@ def main() -> None:
     for name, values in seconds.items():
         ratios = [value / base for value, base in zip(values, seconds["dense"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        table.add_row(
-            name, f"{1e3 * statistics.median(values):.1f}", f"{middle:.3f}", f"{low:.3f}-{high:.3f}", WAYS[name][1]
-        )
+        table.add_row(name, f"{1e3 * statistics.median(values):.1f}", f"{middle:.3f}", f"{low:.3f}-{high:.3f}", WAYS[name][1])
     Console().print(table)
 
 

@@ -92,12 +92,8 @@ def cases(quick: bool) -> dict[str, Case]:
     return {
         "2:4": Case("2:4", lambda: keep_n_of_m(metric, 2, 4), lambda: column_loop(metric, 2, 4), 1 / 4, n),
         "4:8": Case("4:8", lambda: keep_n_of_m(metric, 4, 8), lambda: column_loop(metric, 4, 8), 1 / 2.5, n),
-        "rows": Case(
-            "50 % per row", lambda: prune_lowest_rows(metric, half), lambda: stable_sort_rows(metric, half), 0.25, n
-        ),
-        "flat": Case(
-            "50 % of a tensor", lambda: prune_lowest(metric, n // 2), lambda: flat_topk(metric, n // 2), 0.25, n
-        ),
+        "rows": Case("50 % per row", lambda: prune_lowest_rows(metric, half), lambda: stable_sort_rows(metric, half), 0.25, n),
+        "flat": Case("50 % of a tensor", lambda: prune_lowest(metric, n // 2), lambda: flat_topk(metric, n // 2), 0.25, n),
         "global": Case(
             f"global 50 %, {number} tensors",
             lambda: our_global(layers),
@@ -118,9 +114,7 @@ def timed(call: Callable[[], object]) -> tuple[float, float]:
 def peak_bytes(key: str, side: str, quick: bool) -> float:
     """Growth of the peak resident size around one call, in a process that has made the inputs already."""
     command = [sys.executable, "-m", "tests.benchmarks.bench_selection", "--memory", key, side]
-    apart = os.environ | {
-        "MALLOC_MMAP_THRESHOLD_": "65536"
-    }  # else the holes that glibc leaves between blocks count too
+    apart = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # else the holes that glibc leaves between blocks count too
     done = subprocess.run(command + ["--quick"] * quick, env=apart, capture_output=True, text=True, check=True)
     return float(done.stdout)
 

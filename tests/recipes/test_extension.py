@@ -11,6 +11,8 @@ from sparsetrain.masks import load_masks
 from tests.recipes.conftest import Cli
 from tests.recipes.test_run import metrics
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 HERE = "tests.recipes.extension"
 
 

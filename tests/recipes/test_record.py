@@ -13,6 +13,8 @@ from sparsetrain.recipe.record import record
 from sparsetrain.report.results import check_result, load_result
 from tests.recipes.conftest import Cli
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 EXPERIMENT = """\
 question: Does pruning hurt?
 recipe: ../tiny.yaml

@@ -24,6 +24,8 @@ from sparsetrain.tasks import Classification
 from tests.recipes.conftest import TINY, Cli, contents
 from tests.recipes.test_run import metrics, same, weights
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 #: What two runs of one recipe may differ in.
 MOMENTARY = ("command", "date", "seconds")
 

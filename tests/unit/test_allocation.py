@@ -63,9 +63,7 @@ def test_global_is_one_sorted_list(shapes: list[tuple[int, int]], percent: int, 
 
 
 @quick
-@given(
-    sizes, st.integers(0, 99), st.integers(0, 10**6), st.sampled_from([Block(2, 2), Block(1, 3), Slices(0), Slices(1)])
-)
+@given(sizes, st.integers(0, 99), st.integers(0, 10**6), st.sampled_from([Block(2, 2), Block(1, 3), Slices(0), Slices(1)]))
 def test_global_over_units_is_the_longest_run_within_the_budget(
     shapes: list[tuple[int, int]], percent: int, seed: int, pattern: UnitPattern
 ) -> None:

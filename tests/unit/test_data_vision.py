@@ -221,9 +221,7 @@ def test_the_real_mnist_has_its_published_statistics() -> None:
 
 
 def hub_folder(path: Path, sizes: tuple[int, ...] = (4, 4, 4), splits: tuple[str, ...] = ("train", "test")) -> Path:
-    features = datasets.Features(
-        {"name": datasets.Value("string"), "img": datasets.Image(), "y": datasets.ClassLabel(3)}
-    )
+    features = datasets.Features({"name": datasets.Value("string"), "img": datasets.Image(), "y": datasets.ClassLabel(3)})
     pictures = [np.full((size, size, 3), [10 * i, 20, 255], dtype=np.uint8) for i, size in enumerate(sizes)]
     columns = {"name": [f"n{i}" for i in range(len(sizes))], "img": pictures, "y": [i % 3 for i in range(len(sizes))]}
     data = datasets.Dataset.from_dict(columns, features=features)

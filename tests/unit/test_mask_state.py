@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import zlib
 import math
+import zlib
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -43,10 +43,7 @@ STATE = {"fc1.weight": saved(MASK), "fc2.weight": saved(MASK.t().contiguous(), "
 def same(left: dict[str, SavedMask], right: dict[str, SavedMask]) -> bool:
     bits = all(torch.equal(left[name].bits, right[name].bits) for name in left)
     empty = torch.empty(0)
-    rest = [
-        {name: dataclasses.replace(mask, bits=empty).__repr__() for name, mask in side.items()}
-        for side in (left, right)
-    ]
+    rest = [{name: dataclasses.replace(mask, bits=empty).__repr__() for name, mask in side.items()} for side in (left, right)]
     return left.keys() == right.keys() and bits and rest[0] == rest[1]
 
 
@@ -172,9 +169,7 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         about = json.loads(file.metadata()["sparsetrain"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     changed = change(about)  # in place, or another text altogether
-    safetensors.torch.save_file(
-        tensors, path, {"sparsetrain": changed if isinstance(changed, str) else json.dumps(about)}
-    )
+    safetensors.torch.save_file(tensors, path, {"sparsetrain": changed if isinstance(changed, str) else json.dumps(about)})
 
 
 @pytest.mark.parametrize(

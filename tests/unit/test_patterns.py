@@ -112,9 +112,7 @@ def test_select_is_the_sort_and_passes_its_own_check(pattern: Pattern, shape: In
 
 @quick
 @given(st.one_of(free, nm), st.integers(1, 5), st.integers(1, 5), st.integers(0, 99), st.integers(0, 10**6))
-def test_a_transposed_layout_is_seen_outputs_first(
-    pattern: Pattern, rows: int, cols: int, percent: int, seed: int
-) -> None:
+def test_a_transposed_layout_is_seen_outputs_first(pattern: Pattern, rows: int, cols: int, percent: int, seed: int) -> None:
     shape = fitted(pattern, (rows, cols))
     scores, values = draw_scores(shape, seed)
     layout, stored = Layout(transposed=True), scores.t().contiguous()
@@ -151,9 +149,7 @@ def test_a_row_local_pattern_selects_the_same_in_a_part(pattern: Pattern, rows: 
 
 @quick
 @given(free, shapes, st.integers(0, 10**6), st.floats(0, 1))
-def test_sparsity_of_is_the_most_that_prunes_only_zeros(
-    pattern: Pattern, shape: Index, seed: int, share: float
-) -> None:
+def test_sparsity_of_is_the_most_that_prunes_only_zeros(pattern: Pattern, shape: Index, seed: int, share: float) -> None:
     zeros = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
     assume(not zeros.all())
     found, alive = pattern.sparsity_of(zeros), (~zeros).float()
@@ -168,9 +164,7 @@ def test_sparsity_of_nm_is_its_own_or_none() -> None:
     assert NM(3, 5).sparsity_of(torch.zeros(1, 5, dtype=torch.bool)) == 0
 
 
-@pytest.mark.parametrize(
-    ("sparsity", "size", "count"), [(0.29, 100, 29), (0.57, 100, 57), (0.07, 100, 7), (0.9, 10, 9)]
-)
+@pytest.mark.parametrize(("sparsity", "size", "count"), [(0.29, 100, 29), (0.57, 100, 57), (0.07, 100, 7), (0.9, 10, 9)])
 def test_counts_are_exact_in_decimals(sparsity: float, size: int, count: int) -> None:
     mask = Unstructured().select(torch.arange(float(size)).view(1, size), sparsity)
     assert mask.tolist() == [[False] * count + [True] * (size - count)]
@@ -235,9 +229,7 @@ def test_nm_groups_lie_along_the_input_dimension() -> None:
         [True, False, False, False],
     ]
     view = Layout(transposed=True).view
-    assert (
-        view(NM(2, 4).select(view(linear.t().contiguous()), 0.5)).t().tolist() == NM(2, 4).select(linear, 0.5).tolist()
-    )
+    assert view(NM(2, 4).select(view(linear.t().contiguous()), 0.5)).t().tolist() == NM(2, 4).select(linear, 0.5).tolist()
 
 
 def test_ragged_blocks_compete_by_their_mean() -> None:

@@ -21,9 +21,7 @@ from sparsetrain.report import layer_table, result_table, write_report
 from sparsetrain.report.page import change_rows
 from sparsetrain.report.wording import change_text, number, percent, verdict
 
-VERDICT = (
-    "90.0 % of the prunable weights removed (10× fewer), accuracy 97.20 % → 96.90 % (−0.30 pp), every promise verified."
-)
+VERDICT = "90.0 % of the prunable weights removed (10× fewer), accuracy 97.20 % → 96.90 % (−0.30 pp), every promise verified."
 
 
 def metrics(**changed: Any) -> dict[str, Any]:

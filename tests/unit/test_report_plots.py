@@ -48,9 +48,7 @@ def test_a_mask_picture_is_white_exactly_where_weights_are_removed() -> None:
 
 def test_a_large_mask_is_averaged_with_its_middle_shown_weight_by_weight() -> None:
     mask = torch.zeros(300, 600, dtype=torch.bool)
-    mask[134:, 284:] = (
-        True  # the window starts at 128 and 280: (300 - 32) / 2 and (600 - 32) / 2 down to a multiple of 8
-    )
+    mask[134:, 284:] = True  # the window starts at 128 and 280: (300 - 32) / 2 and (600 - 32) / 2 down to a multiple of 8
     picture = mask_picture("w", mask)
     assert picture.block == (2, 3)
     assert image(picture.whole).shape[:2] == (150, 200)

@@ -48,9 +48,7 @@ def record(tmp_path: Path, **changed: Any) -> Path:
         ({"values": []}, "values"),
     ],
 )
-def test_every_claim_of_a_result_follows_from_its_numbers(
-    tmp_path: Path, changed: dict[str, Any], word: str | None
-) -> None:
+def test_every_claim_of_a_result_follows_from_its_numbers(tmp_path: Path, changed: dict[str, Any], word: str | None) -> None:
     path = record(tmp_path, **changed)
     problems = check_result(load_result(path))
     if word is None:

@@ -170,9 +170,7 @@ def test_every_curve_rises_and_ends_exactly_at_the_final_sparsity(schedule: Sche
 @given(ramps, finals)
 def test_a_ramp_changes_only_on_its_grid_and_at_its_end(schedule: Gradual, final: float) -> None:
     start, end, every = (RUN.steps(text) for text in (schedule.start, schedule.end, schedule.every))
-    assert all(
-        step == end or (start <= step < end and (step - start) % every == 0) for step, _ in schedule.points(final, RUN)
-    )
+    assert all(step == end or (start <= step < end and (step - start) % every == 0) for step, _ in schedule.points(final, RUN))
 
 
 def test_what_a_schedule_gives_is_clamped() -> None:

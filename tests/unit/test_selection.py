@@ -117,9 +117,7 @@ def test_a_sample_that_misleads_costs_time_but_not_exactness(monkeypatch: pytest
 def test_row_selection_is_the_stable_sort_of_each_row(
     seed: int, rows: int, size: int, share: float, dtype: torch.dtype, transposed: bool
 ) -> None:
-    scores = (
-        tensors(size, rows, seed=seed, dtype=dtype).t() if transposed else tensors(rows, size, seed=seed, dtype=dtype)
-    )
+    scores = tensors(size, rows, seed=seed, dtype=dtype).t() if transposed else tensors(rows, size, seed=seed, dtype=dtype)
     count = round(share * size)
     expected = [pruned_by_sorting(as_lists(row), count) for row in scores]
     assert prune_lowest_rows(scores, count).tolist() == expected
@@ -232,9 +230,7 @@ class _NextRound(Exception):
 
 
 @settings(parent=quick, max_examples=20)
-@given(
-    seed=st.integers(0, 10**6), share=st.floats(0, 1), dtype=st.sampled_from(DTYPES), cut=st.sampled_from([0, 7, 8, 20])
-)
+@given(seed=st.integers(0, 10**6), share=st.floats(0, 1), dtype=st.sampled_from(DTYPES), cut=st.sampled_from([0, 7, 8, 20]))
 def test_two_ranks_find_what_one_process_finds(seed: int, share: float, dtype: torch.dtype, cut: int) -> None:
     parts = [tensors(20, seed=seed, dtype=dtype), tensors(20, seed=seed + 1)]
     count = round(share * 40)

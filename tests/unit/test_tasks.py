@@ -137,9 +137,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.5)
 
 
-def fit(
-    task: Classification, batch_size: int = 4, callbacks: Any = (), logger: Any = False, **options: Any
-) -> pl.Trainer:
+def fit(task: Classification, batch_size: int = 4, callbacks: Any = (), logger: Any = False, **options: Any) -> pl.Trainer:
     settings: dict[str, Any] = {"max_epochs": 3, "accelerator": "cpu", "enable_checkpointing": False} | options
     trainer = pl.Trainer(
         callbacks=list(callbacks), logger=logger, enable_progress_bar=False, enable_model_summary=False, **settings
