@@ -118,14 +118,13 @@ def _global_units(shares: Sequence[Share], budget: int) -> dict[str, Fraction]:
         scores.append(unit)
         sizes.append(torch.bincount(index_of.flatten(), minlength=len(unit)))
         owner.append(torch.full((len(unit),), index))
-    order = torch.sort(torch.cat(scores), stable=True).indices
-    fits = torch.cat(sizes)[order].cumsum(0) <= budget
-    chosen = torch.cat(owner)[order[fits]]
-    # One unit of every tensor stays: a dead layer cuts the network in two.
-    return {
-        share.name: Fraction(min(int((chosen == i).sum()), len(scores[i]) - 1), len(scores[i]))
-        for i, share in enumerate(shares)
-    }
+    for unit in scores:
+        # The best unit of every tensor stays: a dead layer cuts the network in two. Others give what it would have given.
+        unit[len(unit) - 1 - int(unit.flip(0).argmax())] = math.inf
+    ranked = torch.sort(torch.cat(scores), stable=True)
+    fits = (torch.cat(sizes)[ranked.indices].cumsum(0) <= budget) & (ranked.values < math.inf)
+    chosen = torch.cat(owner)[ranked.indices[fits]]
+    return {share.name: Fraction(int((chosen == i).sum()), len(scores[i])) for i, share in enumerate(shares)}
 
 
 NAMES: dict[str, Allocation] = {"uniform": uniform, "global": global_}

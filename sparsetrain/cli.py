@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -49,6 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted; a run goes on with --ckpt_path last", file=sys.stderr)
         code = 130
+    except Exception as error:
+        if os.environ.get("SPARSETRAIN_TRACEBACK"):
+            raise
+        message = f"{type(error).__name__}: {error}"
+        hint = "Run again with SPARSETRAIN_TRACEBACK=1 to see where it comes from"
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            Text.assemble(("error: ", "bold red"), f"{message}. {hint}")
+        )
+        code = 2
     sys.exit(code)
 
 

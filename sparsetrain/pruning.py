@@ -12,7 +12,7 @@ from sparsetrain.criteria import Criterion, get_criterion
 from sparsetrain.errors import PatternError
 from sparsetrain.masks import MaskManager, sharding
 from sparsetrain.masks.tensor import MaskChange, MaskedTensor
-from sparsetrain.patterns import Sparsity
+from sparsetrain.patterns import Sparsity, exact
 
 
 def final_sparsity(tensor: MaskedTensor, sparsity: Sparsity | None) -> Sparsity:
@@ -29,10 +29,16 @@ def final_sparsity(tensor: MaskedTensor, sparsity: Sparsity | None) -> Sparsity:
     return tensor.pattern.sparsity
 
 
-def validate(manager: MaskManager, sparsity: Sparsity | None) -> None:
-    """Raise `PatternError` naming the first tensor that cannot reach what is asked of it; nothing is changed."""
+def validate(manager: MaskManager, sparsity: Sparsity | None, together: bool = False) -> None:
+    """Raise `PatternError` naming the first tensor that cannot reach what is asked of it; nothing is changed.
+
+    ``together``: tensors without a goal of their own share a budget, so that one of them may well lose nothing.
+    """
     for tensor in manager:
         final = final_sparsity(tensor, sparsity)
+        if together and tensor.goal is None and tensor.pattern.sparsity is None:
+            exact(final)
+            continue
         try:
             tensor.pattern.validate(tensor.target.view_shape, final)
         except PatternError as error:
@@ -52,6 +58,8 @@ def prune(
 ) -> list[MaskChange]:
     """Prune a manager's tensors to an absolute sparsity (not a share of what is left).
 
+    Pruned weights stay pruned. A sparsity below the present one regrows as many as it must, as zeros, by index.
+
     Args:
         manager: the masks.
         sparsity: fraction of zeros in [0, 1); may be left out where the pattern has only one (2:4 is 0.5).
@@ -66,7 +74,7 @@ def prune(
     score = get_criterion(criterion)
     if own is None:
         own = {t.name: t.goal for t in manager if t.goal is not None}
-        validate(manager, sparsity)
+        validate(manager, sparsity, together=allocation == "global")
     shared = [t for t in manager if t.name not in own]
     spread = get_allocation(allocation)
     reduce = sharding.reducer([t.target.parameter for t in shared])

@@ -156,6 +156,13 @@ class SparsityCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the optimizers, follow averaged copies, hand over to the method."""
         resumed, self._state = self._state, None
+        if all(
+            type(optimizer).__name__ == "_MockOptimizer" for optimizer in trainer.optimizers
+        ):  # Lightning's stand-in for none
+            raise RecipeError(
+                "configure_optimizers returns no optimizer: masks are kept through the steps of optimizers Lightning knows; "
+                "return them (also with manual optimization), or attach a MaskManager to yours"
+            )
         self.masks.detach()
         # A clipped norm must not count the gradients of pruned entries; with manual optimization nobody knows who clips.
         clips = trainer.gradient_clip_val is not None or not pl_module.automatic_optimization
@@ -192,7 +199,8 @@ class SparsityCallback(Callback):
             self.on_step(trainer, step)
             if len(self.masks.changes) > changes:
                 self.log_sparsity(trainer)
-        self.resume.on_train_batch_end(batch_idx)
+        # With the last batch the epoch is over: nothing of the next one is done.
+        self.resume.on_train_batch_end(-1 if trainer.is_last_batch else batch_idx)
         loop: Any = trainer.fit_loop.epoch_loop
         self._validation_due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
 
@@ -215,7 +223,6 @@ class SparsityCallback(Callback):
             # Resumed at its very end, a run never starts: what it remembers is still to be taken back.
             self._state["validation_due"] = False
             self.on_train_start(trainer, pl_module)
-        self.masks.enforce()
         self.verification = self.masks.verify(strict=True)
         missing = self.shortfall()
         if missing:

@@ -35,7 +35,10 @@ class EpochLines(Callback):
         if not trainer.is_global_zero or (now - self._last < self.seconds and not final):
             return
         self._last = now
-        parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", f"step {trainer.global_step}"]
+        parts = [
+            f"epoch {trainer.current_epoch + 1}" + (f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""),
+            f"step {trainer.global_step}",
+        ]
         parts += [f"{name} {float(v):.4f}" for name, v in trainer.callback_metrics.items() if name.startswith("val/")]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SparsityCallback) and callback.manager is not None:

@@ -19,6 +19,7 @@ already decayed when pruning ends cannot repair the damage; uniform sparsity sta
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from sparsetrain.callbacks.base import SparsityCallback, current_step
 from sparsetrain.criteria import Criterion, get_criterion
 from sparsetrain.errors import RecipeError, nearest
 from sparsetrain.masks import MaskedTensor, MaskManager, Override
+from sparsetrain.masks.sharding import local
 from sparsetrain.patterns import Pattern, Sparsity, exact, parse_pattern
 from sparsetrain.pruning import final_sparsity, prune, validate
 from sparsetrain.schedules import Clock, Curve, OneShot, Rounds, Schedule
@@ -48,6 +50,14 @@ class Recovery:
     mode: Literal["max", "min"] = "max"
     tolerance: float = 0.0
     patience: int = 3
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("max", "min"):
+            raise RecipeError(f"recovery.mode {self.mode!r} is unknown; use 'max' or 'min'")
+        if self.patience < 1 or not (math.isfinite(self.tolerance) and self.tolerance >= 0):
+            raise RecipeError(
+                f"recovery needs patience of at least 1 and a tolerance of 0 or more, not {self.patience} and {self.tolerance}"
+            )
 
 
 class PruneFinetune(SparsityCallback):
@@ -81,6 +91,8 @@ class PruneFinetune(SparsityCallback):
         recovery: Recovery | None = None,
     ) -> None:
         super().__init__()
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise RecipeError(f"schedule {schedule!r} is no Schedule; give an object, such as Cubic(end='60%')")
         self.pattern = parse_pattern(pattern)
         self.sparsity = sparsity if sparsity is None else float(exact(sparsity))
         self.criterion = get_criterion(criterion)
@@ -116,7 +128,7 @@ class PruneFinetune(SparsityCallback):
 
     def validate(self) -> None:
         """Every tensor can reach what is asked of it, by a schedule it can follow."""
-        validate(self.masks, self.sparsity)
+        validate(self.masks, self.sparsity, together=self.is_global)
         if self.allocation == "global":
             for tensor in self.masks:
                 if tensor.goal is None:
@@ -145,10 +157,27 @@ class PruneFinetune(SparsityCallback):
         self._curves = self.curves(clock_of(trainer))
         if not self._curves:
             raise RecipeError("every target is asked for sparsity 0: nothing would be pruned; raise sparsity or drop overrides")
+        if self.recovery is not None and (not trainer.enable_validation or self._steps[0] == 0):
+            raise RecipeError(
+                "recovery compares validations with those before the first round: it needs validation data, and a first round "
+                f"after step 0 (it is at step {self._steps[0]}; set schedule.start)"
+            )
         if not resumed:
+            self._warn_of_zeros()
             self._done, self._early, self._reference, self._best, self._bad = 0, False, None, None, 0
             # A second fit() goes on from where the masks are; its clock starts where the trainer's does.
             self.on_step(trainer, current_step(trainer))
+
+    def _warn_of_zeros(self) -> None:
+        for tensor in self.masks if not self.masks.masks else ():
+            share = float((local(tensor.target.parameter.detach()) == 0).float().mean())
+            if share > 0.01:
+                warnings.warn(
+                    f"{tensor.name} is {share:.0%} zero already, and these zeros are no masks: training fills them. To keep "
+                    "them call method.use(model, MaskManager.adopt(model, pattern)) before fit (init_from does in a recipe)",
+                    stacklevel=2,
+                )
+                return
 
     @property
     def _steps(self) -> list[int]:
@@ -194,7 +223,7 @@ class PruneFinetune(SparsityCallback):
         if shared and self.sparsity is not None:
             counts = self.masks.counts()
             pruned = sum(counts[t.name][0] for t in shared) / sum(counts[t.name][1] for t in shared)
-            budget = self._curves[self.sparsity].at(point)
+            budget = self._curves[self.sparsity].at(point) if self.sparsity else 0.0
             if pruned > budget:
                 own |= {t.name: t.sparsity for t in shared}
         prune(self.masks, budget, criterion=self.criterion, allocation=self.allocation, own=own, step=step, why=why)

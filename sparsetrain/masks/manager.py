@@ -130,9 +130,19 @@ class MaskManager:
                 self.optimizers.append((optimizer, (before, after)))
             if needs_masked_gradients(optimizer) if mask_gradients is None else mask_gradients:
                 self._masks_gradients = True
+        self._require_own()
         for tensor in self:
             tensor.bind(self._masks_gradients)
         return self
+
+    def _require_own(self) -> None:
+        """Whoever replaces a layer (LoRA, quantization) leaves its masks without a model."""
+        there = {id(module) for module in self.model.modules()}
+        for tensor in self:
+            if id(tensor.target.module) not in there:
+                raise TargetError(
+                    f"the layer of {tensor.name} is no longer in the model; make a new MaskManager after replacing it"
+                )
 
     def detach(self) -> None:
         """Take every hook off; weights and masks stay as they are."""
@@ -263,6 +273,7 @@ class MaskManager:
 
         Raises `PatternError` with the first broken promise if ``strict``. Example: ``print(manager.verify())``.
         """
+        self._require_own()
         optimizers = [optimizer for optimizer, _ in self.optimizers]
         rows = [(verify_tensor(t, optimizers, self.followers), t.target.parameter) for t in self]
         found = Verification([replace(row, problem=sharding.agreed(row.problem, p)) for row, p in rows])

@@ -134,6 +134,9 @@ def adopt_zeros(manager: MaskManager) -> dict[str, str]:
         except PatternError as error:
             raise PatternError(f"{tensor.name}: its {count} zeros cannot be adopted as {tensor.pattern}: {error}") from error
         lost = (~mask & ~zeros).nonzero()
+        if len(lost) and count <= 0.01 * zeros.numel():
+            unclaimed[tensor.name] = f"{count} stray zeros are no {tensor.pattern}, stays dense"
+            continue
         if len(lost):
             raise PatternError(
                 f"{tensor.name}: its {count} zeros are no {tensor.pattern} pattern: the weight at {tuple(lost[0].tolist())} "

@@ -47,7 +47,11 @@ class Pattern(ABC):
 
     def validate(self, shape: tuple[int, ...], sparsity: Sparsity) -> None:
         """Raise `PatternError` if a tensor of this shape cannot have this pattern at this sparsity."""
-        exact(sparsity)
+        if exact(sparsity) and not self.pruned(shape, sparsity):
+            raise PatternError(
+                f"{self} has {self.units(shape)} units in a tensor of shape {shape}: sparsity {float(sparsity):g} prunes none "
+                "of them; ask for more, use smaller units, or leave the tensor out (targets.exclude)"
+            )
 
     def units(self, shape: tuple[int, ...]) -> int:
         """How many units (weights, blocks, slices) the pattern compares in a tensor of this shape."""

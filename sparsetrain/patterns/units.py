@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsetrain.errors import PatternError
-from sparsetrain.patterns.base import Pattern, Sparsity, exact, require_bool, require_count
+from sparsetrain.patterns.base import Pattern, Sparsity, require_bool, require_count
 from sparsetrain.selection import prune_lowest
 
 
@@ -28,18 +28,10 @@ class UnitPattern(Pattern):
     def expand(self, units: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Spread one bool a unit over the entries it stands for."""
 
-    def validate(self, shape: tuple[int, ...], sparsity: Sparsity) -> None:
-        """The sparsity must be enough to prune at least one unit, unless it is 0."""
-        if exact(sparsity) and not self.pruned(shape, sparsity):
-            raise PatternError(
-                f"{self} has {self.units(shape)} units in a tensor of shape {shape}: sparsity {float(sparsity):g} prunes "
-                "none of them; use smaller blocks or leave the tensor out (targets.exclude)"
-            )
-
     def sparsity_of(self, zeros: Tensor) -> Fraction:
         """Share of the units that are zero throughout."""
-        share = self.unit_scores(zeros.float())
-        return Fraction(int((share == 1).sum()), share.numel())
+        alive = self.unit_scores((~zeros).float())
+        return Fraction(int((alive == 0).sum()), alive.numel())
 
     def select(self, scores: Tensor, sparsity: Sparsity) -> Tensor:
         """Prune ``floor(sparsity * units)`` units with the lowest mean score."""
@@ -51,11 +43,12 @@ class UnitPattern(Pattern):
         """Every unit is alive or dead as a whole, and the number of dead units is exact."""
         require_bool(mask)
         shape = tuple(mask.shape)
-        share = self.unit_scores(mask.float())
-        mixed = ((share != 0) & (share != 1)).nonzero()
+        # Only a mean of 0 is exact on every device: a unit is dead if nothing in it lives, alive if nothing in it is dead.
+        dead, alive = self.unit_scores(mask.float()) == 0, self.unit_scores((~mask).float()) == 0
+        mixed = (~(dead | alive)).nonzero()
         if len(mixed):
             raise PatternError(f"unit {tuple(mixed[0].tolist())} of {self} is neither wholly alive nor wholly pruned")
-        require_count(int((share == 0).sum()), self.pruned(shape, sparsity), str(self))
+        require_count(int(dead.sum()), self.pruned(shape, sparsity), str(self))
 
 
 def _dead_as_zero(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +84,7 @@ class Block(UnitPattern):
         """Mean score of each block, shape ``(ceil(out/rows), ceil(in*kernel/cols))``."""
         values, dead = _dead_as_zero(scores.flatten(1).to(torch.promote_types(scores.dtype, torch.float32)))
         mean = self._pool(values)
-        return mean.masked_fill_(self._pool(dead.to(mean.dtype)) == 1, -math.inf) if bool(dead.any()) else mean
+        return mean.masked_fill_(self._pool((~dead).to(mean.dtype)) == 0, -math.inf) if bool(dead.any()) else mean
 
     def _pool(self, matrix: Tensor) -> Tensor:
         # avg_pool2d divides a ragged window by the entries it really has (ceil_mode, no padding counted).

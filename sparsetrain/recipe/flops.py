@@ -1,8 +1,8 @@
 """FLOPs of one forward pass of one sample, dense and with pruned weights left out.
 
-A weight used at ``p`` positions of a sample costs ``2 p`` floating-point operations (a multiply and an add). Counted are the
-layers that `sparsetrain.targets` knows, by one forward pass on the meta device; what an unstructured mask saves on paper is
-no promise of speed.
+A weight used at ``p`` positions of a sample costs ``2 p`` floating-point operations (a multiply and an add). Counted are
+Linear layers and convolutions, by one forward pass on the meta device (not attention's packed projections, nor recurrent
+layers); what an unstructured mask saves on paper is no promise of speed.
 """
 
 from __future__ import annotations
@@ -74,7 +74,12 @@ def flops(model: nn.Module, manager: MaskManager | None, data: LightningDataModu
     except Exception:  # a model may do anything in forward; a count that cannot be had is no reason to fail a run
         return None
     weights = dict(shadow.named_parameters(remove_duplicate=False))
-    alive = {} if manager is None else {name: 1 - dead / numel for name, (dead, numel) in manager.counts().items()}
+    alive: dict[str, float] = {}
+    if manager is not None:
+        counts = manager.counts()
+        for tensor in manager:
+            dead, numel = counts[tensor.name]
+            alive |= dict.fromkeys((tensor.name, *tensor.target.aliases), 1 - dead / numel)
     dense = sparse = 0.0
     for name, count in used.items():
         cost = 2.0 * count * math.prod(weights[f"{name}.weight"].shape)

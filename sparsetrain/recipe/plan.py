@@ -25,7 +25,7 @@ from sparsetrain.patterns import Sparsity, UnitPattern, exact
 from sparsetrain.recipe.build import as_recipe_error, instantiate
 from sparsetrain.recipe.flops import example_input, positions
 from sparsetrain.recipe.schema import load_recipe
-from sparsetrain.schedules import Clock
+from sparsetrain.schedules import Clock, Curve
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,21 @@ def _fill_curve(result: Plan, config: Namespace, method: SparsityCallback, data:
         result.problems.append(str(error))
         return
     if curves:
-        result.curve = list(curves[max(curves)].points)
+        result.curve = _whole_curve(curves, method)
+
+
+def _whole_curve(curves: dict[float, Curve], method: SparsityCallback) -> list[tuple[int, float]]:
+    """The sparsity over all targets: each follows the curve of its goal, N:M takes its one step at the first change."""
+    steps = sorted({step for curve in curves.values() for step, _ in curve.points})
+    goals = [(t, float(method.final(t) or 0), math.prod(t.target.shape)) for t in method.masks]
+    whole = sum(numel for _, _, numel in goals)
+    points = []
+    for step in steps:
+        now = [
+            (goal if t.pattern.sparsity is not None or goal not in curves else curves[goal].at(step)) for t, goal, _ in goals
+        ]
+        points.append((step, sum(s * numel for s, (_, _, numel) in zip(now, goals, strict=True)) / whole))
+    return points
 
 
 def _clock(config: Namespace, data: LightningDataModule | None) -> Clock:
@@ -207,9 +221,9 @@ def _fill_flops(result: Plan, model: nn.Module, data: LightningDataModule | None
         result.notes.append("FLOPs not counted: no example input (set the model's example_input_array)")
         return
     weights = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
-    kept = {t.name: 1 - t.prune / math.prod(t.shape) for t in result.tensors if t.prune is not None}
+    kept = {n: 1 - t.prune / math.prod(t.shape) for t in result.tensors if t.prune is not None for n in (t.name, *t.tied)}
     share = 1 - result.pruned / result.prunable if result.prunable else 1.0
-    planned = {t.name for t in result.tensors}
+    planned = {n for t in result.tensors for n in (t.name, *t.tied)}
     dense = sparse = 0.0
     for name, count in used.items():
         weight = f"{name}.weight"

@@ -64,6 +64,8 @@ def record(path: Path, jobs: int = 1, work: Path = Path("runs/record"), results:
     todo = [
         _job(recipe, index, row, seed, work) for index, row in enumerate(experiment["rows"]) for seed in experiment["seeds"]
     ]
+    if jobs < 1:
+        raise RecipeError(f"--jobs {jobs}: at least one run at a time")
     finished = _run_all(todo, jobs)
     result = {
         "question": experiment["question"],

@@ -37,7 +37,7 @@ from sparsetrain.recipe.quiet import quiet
 from sparsetrain.recipe.schema import load_recipe, recipe_parser
 from sparsetrain.schedules import Clock
 
-_PACKAGES = ("sparsetrain", "torch", "lightning", "transformers", "jsonargparse")
+_PACKAGES = ("sparsetrain", "torch", "lightning", "jsonargparse")
 
 
 def run(
@@ -155,9 +155,11 @@ def _save_dense(trainer: Trainer, method: SparsityCallback, out: Path) -> None:
 def make_trainer(config: Namespace, built: Built, out: Path, history: History, text: str) -> Trainer:
     """The trainer of a run: atomic checkpoints, history, progress, and a guard against divergence."""
     every = str(config.checkpoint_every)
-    steps = Clock(None, None).steps(every) if every.endswith("st") else None
     if every.endswith("%"):
         raise RecipeError(f"checkpoint_every {every!r}: write it in epochs or steps, such as 1ep or 500st")
+    steps = None if every.endswith("ep") else Clock(None, None).steps(every)
+    if steps == 0:
+        raise RecipeError(f"checkpoint_every {every!r}: never is not often enough; write 1ep or 500st")
     epochs = None if steps else max(1, Clock(None, 1).steps(every))
     last = ModelCheckpoint(
         dirpath=out / "checkpoints",
