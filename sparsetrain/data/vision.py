@@ -190,8 +190,13 @@ def _read_hub(name: str, folder: Path | None, image_size: int | None) -> dict[st
 
 
 def _load_with_datasets(name: str, folder: Path | None) -> dict[str, Any]:
-    import datasets  # a second of import time that the other sources should not pay
-
+    try:
+        import datasets  # a second of import time that the other sources should not pay
+    except ImportError as error:
+        raise DataError(
+            f"{name!r} is read by the package datasets, which is missing: pip install 'sparsetrain[hub]'. Without it there are "
+            f"{', '.join(KNOWN)} and folders in MNIST format"
+        ) from error
     try:
         if folder is None:
             loaded = datasets.load_dataset(name)

@@ -125,6 +125,7 @@ def test_resume_equals_uninterrupted_from_every_checkpoint(name: str, tmp_path: 
     assert not broken, "\n".join(f"{n}: {why}" for n, why in broken.items())
 
 
+@pytest.mark.filterwarnings("ignore:.*zero already")
 @pytest.mark.parametrize("off", [MaskManager, SparsityCallback])
 def test_without_the_masks_resume_is_another_run(off: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = fit([*METHODS["rounds"](), SaveAlways(tmp_path)])

@@ -267,8 +267,9 @@ def test_an_error_in_the_users_own_code_leaves_a_run_to_go_on_with(
         return forward(self, x)
 
     monkeypatch.setattr(MLP, "forward", break_off)
-    with pytest.raises(ValueError, match="a mistake of mine"):
-        cli("run", tiny, "--out", "out")
+    broken = cli("run", tiny, "--out", "out")
+    assert broken.code == 2
+    assert "ValueError: a mistake of mine. Run again with SPARSETRAIN_TRACEBACK=1" in " ".join(broken.err.split())
     monkeypatch.setattr(MLP, "forward", forward)
     assert cli("run", tiny, "--out", "out", "--ckpt_path", "last").code == 0
     assert cli("verify", "out").code == 0
