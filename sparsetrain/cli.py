@@ -117,7 +117,7 @@ def _recipe_arguments(command: str, arguments: list[str]) -> tuple[argparse.Name
 
     parser = _parser(command, textwrap.fill(_EXTRA, 100))
     parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.yaml")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where it goes; run: runs/<recipe>, plan: no files")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where files go (run: runs/<recipe>; plan: none without it)")
     if command == "run":
         parser.add_argument("--ckpt_path", metavar="CKPT", help="go on from a checkpoint, or from this run's own: last")
     parser.add_argument("--keys", action="store_true", help="list every key of a recipe")
