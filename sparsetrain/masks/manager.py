@@ -27,8 +27,8 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsetrain.errors import PatternError, TargetError, nearest
 from sparsetrain.masks import persistence, sharding
-from sparsetrain.masks.erase import bits_like, erase
-from sparsetrain.masks.optimizer_state import forget, mask_state, needs_masked_gradients
+from sparsetrain.masks.erase import Eraser, erase
+from sparsetrain.masks.optimizer_state import forget, needs_masked_gradients, per_weight_state
 from sparsetrain.masks.state import SavedMask
 from sparsetrain.masks.tensor import MaskChange, MaskedTensor, Override
 from sparsetrain.masks.verification import Verification, adopt_zeros, verify_tensor
@@ -68,6 +68,7 @@ class MaskManager:
         self.optimizers: list[tuple[Optimizer, tuple[RemovableHandle, ...]]] = []
         self.followers: list[Mapping[str, Tensor]] = []
         self._masks_gradients = False
+        self._erase = Eraser()
         default = parse_pattern(pattern)
         self.tensors = {t.name: MaskedTensor(t, default) for t in matched.targets}
         settled: set[str] = set()
@@ -183,12 +184,10 @@ class MaskManager:
             if tensor.mask is None:
                 continue
             parameter = tensor.bind(self._masks_gradients)
-            weight = sharding.local(parameter)
-            mask = bits_like(tensor.mask, weight)
-            if optimizer is not None and not needs_masked_gradients(optimizer):
-                mask_state(optimizer, parameter, mask)
+            erased = [] if optimizer is None or needs_masked_gradients(optimizer) else per_weight_state(optimizer, parameter)
             if owned is None or id(parameter) in owned:
-                erase(weight, mask)
+                erased.append(sharding.local(parameter))
+            self._erase(erased, tensor.mask)
         for copy in self.followers if optimizer is None else ():
             for name, value in copy.items():
                 if (alive := self.tensors[name].mask) is not None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from sparsetrain.masks.erase import erase
 from sparsetrain.masks.sharding import local
 
 #: State that does not start at zero: its key, and the setting of the parameter group it starts from.
@@ -34,11 +33,11 @@ def needs_masked_gradients(optimizer: Optimizer) -> bool:
     return not (kind.__module__.startswith("torch.optim") and kind.__name__ in ELEMENTWISE)
 
 
-def mask_state(optimizer: Optimizer, parameter: Tensor, mask: Tensor) -> None:
-    """Multiply every state tensor that has one entry a weight by the mask (integers, this rank's part)."""
-    for value in optimizer.state.get(parameter, {}).values():
-        if isinstance(value, Tensor) and value.ndim and local(value).shape == mask.shape:
-            erase(local(value), mask)
+def per_weight_state(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
+    """Every state tensor that has one entry a weight (this rank's part)."""
+    shape = local(parameter).shape
+    state = [local(value) for value in optimizer.state.get(parameter, {}).values() if isinstance(value, Tensor) and value.ndim]
+    return [value for value in state if value.shape == shape]
 
 
 def _entries(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:

@@ -117,7 +117,7 @@ SABOTAGE: dict[str, tuple[Callable[[Patch], None], type[torch.optim.Optimizer], 
         "Muon.momentum_buffer remembers",
     ),
     "state masking": (
-        lambda patch: patch.setattr("sparsetrain.masks.manager.mask_state", nothing),
+        lambda patch: patch.setattr("sparsetrain.masks.manager.per_weight_state", lambda *args: []),
         torch.optim.AdamW,
         AssertionError,
         "AdamW.exp_avg remembers",
