@@ -6,8 +6,11 @@ were when this epoch's iterator was made, and how many batches of it are done. O
 same streams and the done batches are skipped; a loader that restores its own position (``state_dict``) is left to itself.
 
 Validation is kept from moving the streams of training: how often one validates changes nothing, and a checkpoint written
-before a validation resumes like one written after it. The one thing that cannot be repeated is random augmentation in the
-main process (``num_workers=0``) of an ordinary DataLoader resumed inside an epoch.
+before a validation resumes like one written after it.
+
+What cannot be repeated: random augmentation in the main process (``num_workers=0``) of an ordinary DataLoader resumed inside an
+epoch; a checkpoint written between two batches of one accumulated step (Lightning saves no gradients); Lightning's own
+``StochasticWeightAveraging`` resumed inside an epoch.
 """
 
 from __future__ import annotations
