@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sparsetrain.allocation import Share, get_allocation
+from sparsetrain.allocation import Allocation, Share, get_allocation
 from sparsetrain.criteria import Criterion, get_criterion
 from sparsetrain.errors import PatternError
 from sparsetrain.masks import MaskManager, sharding
@@ -51,8 +51,9 @@ def prune(
     sparsity: Sparsity | None = None,
     *,
     criterion: Criterion | str = "magnitude",
-    allocation: str = "uniform",
+    allocation: Allocation | str = "uniform",
     own: Mapping[str, Sparsity] | None = None,
+    regrow: bool = True,
     step: int = 0,
     why: str = "prune",
 ) -> list[MaskChange]:
@@ -64,19 +65,19 @@ def prune(
         manager: the masks.
         sparsity: fraction of zeros in [0, 1); may be left out where the pattern has only one (2:4 is 0.5).
         criterion: a `Criterion` or its name.
-        allocation: ``"uniform"`` or ``"global"``.
+        allocation: an `Allocation` or its name.
         own: sparsities of single tensors, outside the common budget; by default the goals their overrides set.
+        regrow: False leaves a tensor as it is that would be less sparse than now.
         step: recorded with the change.
         why: recorded with the change.
 
     Example: ``prune(manager, 0.9, criterion="magnitude", allocation="global")``.
     """
-    score = get_criterion(criterion)
+    score, spread = get_criterion(criterion), get_allocation(allocation)
     if own is None:
         own = {t.name: t.goal for t in manager if t.goal is not None}
-        validate(manager, sparsity, together=allocation == "global")
+        validate(manager, sparsity, together=spread.pooled)
     shared = [t for t in manager if t.name not in own]
-    spread = get_allocation(allocation)
     reduce = sharding.reducer([t.target.parameter for t in shared])
     by_goal: dict[Sparsity, list[MaskedTensor]] = {}
     for tensor in shared:
@@ -84,11 +85,23 @@ def prune(
     plan: dict[str, Sparsity] = dict(own)
     for goal, tensors in by_goal.items():
         plan |= spread([_share(t, score, step, whole=reduce is None) for t in tensors], goal, reduce)
-    return [
-        manager.update(t.name, plan[t.name], _scores(t, score, step), step=step, why=why)
-        for t in manager
-        if plan[t.name] or t.mask is not None
-    ]
+    if not regrow:
+        plan = {name: max(manager[name].sparsity, exact(value)) for name, value in plan.items()}
+    return [_update(manager, t, plan[t.name], score, step, why) for t in manager if plan[t.name] or t.mask is not None]
+
+
+def _update(
+    manager: MaskManager, tensor: MaskedTensor, sparsity: Sparsity, criterion: Criterion, step: int, why: str
+) -> MaskChange:
+    """Select and install one mask, and move the surviving weights where the criterion says so."""
+    moves = type(criterion).compensate is not Criterion.compensate
+    before = sharding.local(tensor.target.parameter.detach()).clone() if moves else None
+    change = manager.update(tensor.name, sparsity, _scores(tensor, criterion, step), step=step, why=why)
+    if before is not None and change.died and tensor.mask is not None:
+        moved = criterion.compensate(before, tensor.mask, name=tensor.name)
+        if moved is not None:
+            manager.write(tensor.name, moved)
+    return change
 
 
 def _scores(tensor: MaskedTensor, criterion: Criterion, step: int) -> Tensor:

@@ -24,16 +24,26 @@ KNOWS = {
     "patterns": "errors selection",
     "criteria": "errors selection patterns",
     "allocation": "errors selection patterns",
+    "regrowth": "errors selection patterns",
+    "nm": "errors selection patterns",
+    "connectivity": "errors",
+    "depth": "errors",
     "targets": "errors patterns",
     "masks": "errors selection patterns targets",
     "pruning": "errors patterns targets criteria allocation masks",
-    "callbacks": "errors patterns targets schedules criteria allocation masks pruning",
+    "calibration": "errors criteria masks",
+    "sensitivity": "errors patterns criteria allocation masks pruning",
+    "predictor": "errors patterns allocation",
+    "callbacks": "errors selection patterns targets schedules criteria allocation masks pruning calibration regrowth nm depth",
     "tasks": "errors",
     "data": "errors",
     "report": "errors masks",
-    "__init__": "errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report",
-    "recipe": "errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report",
-    "cli": "errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report recipe",
+    "__init__": "errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report "
+    "calibration sensitivity predictor connectivity depth",
+    "recipe": "errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report "
+    "calibration sensitivity predictor connectivity depth",
+    "cli": "errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report recipe "
+    "calibration sensitivity predictor connectivity depth",
     "__main__": "cli",
 }
 LIGHTNING = {"callbacks", "tasks", "data", "recipe", "cli"}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from sparsetrain.callbacks.base import SparsityCallback
 from sparsetrain.callbacks.keep_masks import KeepMasks
-from sparsetrain.callbacks.prune_finetune import PruneFinetune, Recovery
+from sparsetrain.callbacks.prune_finetune import PruneFinetune
+from sparsetrain.callbacks.recovery import Recovery
 
 __all__ = ["NAMES", "KeepMasks", "PruneFinetune", "Recovery", "SparsityCallback"]
 

@@ -57,11 +57,11 @@ class SparsityCallback(Callback):
     def on_validated(self, trainer: Trainer) -> None:
         """A validation inside training has ended."""
 
-    #: One threshold over all tensors decides how much each of them loses.
-    is_global = False
+    #: The targets share one budget: how much each of them loses is decided when it is pruned.
+    pooled = False
 
     def final(self, tensor: MaskedTensor) -> Sparsity | None:
-        """The sparsity a tensor is to reach in the end (under a global threshold: all of them together); None: as it is."""
+        """The sparsity a tensor is to reach in the end (with a pooled budget: all of them together); None: as it is."""
         return None
 
     def asked(self) -> float | None:
@@ -78,6 +78,10 @@ class SparsityCallback(Callback):
     def shortfall(self) -> str | None:
         """What the method was asked for and has not reached, or None."""
         return None
+
+    def facts(self) -> dict[str, Any]:
+        """What is worth reading of a finished run beside its masks; plain numbers and text, for metrics.json."""
+        return {}
 
     def method_state(self) -> dict[str, Any]:
         """What the method must remember."""

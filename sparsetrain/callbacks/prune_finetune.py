@@ -21,16 +21,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
+from torch.optim import Optimizer
 
-from sparsetrain.allocation import check_global, get_allocation
+from sparsetrain.allocation import Allocation, get_allocation
+from sparsetrain.calibration import known
 from sparsetrain.callbacks.base import SparsityCallback, current_step
-from sparsetrain.criteria import Criterion, get_criterion
-from sparsetrain.errors import RecipeError, nearest
+from sparsetrain.callbacks.recovery import Recovery, Watch
+from sparsetrain.callbacks.statistics import recalibrate, watch_step
+from sparsetrain.criteria import Criterion, StatisticsCriterion, get_criterion
+from sparsetrain.errors import RecipeError
 from sparsetrain.masks import MaskedTensor, MaskManager, Override
 from sparsetrain.masks.sharding import local
 from sparsetrain.patterns import Pattern, Sparsity, exact, parse_pattern
@@ -39,35 +43,14 @@ from sparsetrain.schedules import Clock, Curve, OneShot, Rounds, Schedule
 from sparsetrain.targets import Targets
 
 
-@dataclass(frozen=True)
-class Recovery:
-    """End a round as soon as the validation metric has recovered; at the latest after the schedule's ``every``.
-
-    Recovered: within ``tolerance`` of the best value before the first round, or no better for ``patience`` validations.
-    """
-
-    monitor: str = "val/accuracy"
-    mode: Literal["max", "min"] = "max"
-    tolerance: float = 0.0
-    patience: int = 3
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("max", "min"):
-            raise RecipeError(f"recovery.mode {self.mode!r} is unknown; use 'max' or 'min'")
-        if self.patience < 1 or not (math.isfinite(self.tolerance) and self.tolerance >= 0):
-            raise RecipeError(
-                f"recovery needs patience of at least 1 and a tolerance of 0 or more, not {self.patience} and {self.tolerance}"
-            )
-
-
 class PruneFinetune(SparsityCallback):
     """Prune to ``sparsity`` on a schedule, fine-tune in between and after.
 
     Args:
         sparsity: final fraction of zeros over the targets, in [0, 1); may be left out where the pattern has only one.
         pattern: ``"unstructured"``, ``"unstructured:row"``, ``"2:4"``, ``"block:16x16"``, ``"neurons"``, ``"channels"``.
-        criterion: what scores a weight, by name or as a `Criterion`.
-        allocation: ``"uniform"`` or ``"global"``.
+        criterion: what scores a weight, by name or as a `Criterion`; one that needs data sees training batches or steps.
+        allocation: how much where, by name or as an `Allocation`.
         schedule: when; by default 5 rounds, one an epoch, after the first tenth of the run (N:M: once, then).
         targets: which tensors; see `Targets`.
         overrides: another pattern or sparsity by regular expression of names; sparsity 0 leaves a tensor dense.
@@ -84,7 +67,7 @@ class PruneFinetune(SparsityCallback):
         sparsity: float | None = None,
         pattern: Pattern | str = "unstructured",
         criterion: Criterion | str = "magnitude",
-        allocation: str = "uniform",
+        allocation: Allocation | str = "uniform",
         schedule: Schedule | None = None,
         targets: Targets | None = None,
         overrides: dict[str, Override] | None = None,
@@ -96,8 +79,7 @@ class PruneFinetune(SparsityCallback):
         self.pattern = parse_pattern(pattern)
         self.sparsity = sparsity if sparsity is None else float(exact(sparsity))
         self.criterion = get_criterion(criterion)
-        self.allocation = allocation
-        get_allocation(allocation)
+        self.allocation = get_allocation(allocation)
         fixed = self.pattern.sparsity is not None
         self.schedule = schedule or (OneShot("10%") if fixed else Rounds(rounds=5))
         if fixed and schedule is not None and not isinstance(schedule, OneShot):
@@ -115,10 +97,9 @@ class PruneFinetune(SparsityCallback):
         self._curves: dict[float, Curve] = {}
         self._done = 0
         self._last = 0
-        self._reference: float | None = None
-        self._best: float | None = None
-        self._bad = 0
         self._early = False
+        self._watch = Watch()
+        self._watches = isinstance(self.criterion, StatisticsCriterion) and self.criterion.source == "training"
 
     # -- building ---------------------------------------------------------------------------------------------------------
 
@@ -127,17 +108,17 @@ class PruneFinetune(SparsityCallback):
         return MaskManager(model, self.targets, self.pattern, self.overrides)
 
     def validate(self) -> None:
-        """Every tensor can reach what is asked of it, by a schedule it can follow."""
-        validate(self.masks, self.sparsity, together=self.is_global)
-        if self.allocation == "global":
-            for tensor in self.masks:
-                if tensor.goal is None:
-                    check_global(tensor.pattern, tensor.name)
+        """Every tensor can reach what is asked of it, by a schedule it can follow, and the criterion can score it."""
+        validate(self.masks, self.sparsity, together=self.pooled)
+        for tensor in self.masks:
+            if tensor.goal is None:
+                self.allocation.check(tensor.pattern, tensor.name)
+        self.criterion.prepare(self.masks.model, [known(t) for t in self.masks])
 
     @property
-    def is_global(self) -> bool:  # type: ignore[override]
-        """One threshold over all tensors decides."""
-        return self.allocation == "global"
+    def pooled(self) -> bool:  # type: ignore[override]
+        """The allocation decides."""
+        return self.allocation.pooled
 
     def final(self, tensor: MaskedTensor) -> Sparsity:
         """Its override, else what is asked of all, else the one sparsity its pattern has."""
@@ -164,7 +145,7 @@ class PruneFinetune(SparsityCallback):
             )
         if not resumed:
             self._warn_of_zeros()
-            self._done, self._early, self._reference, self._best, self._bad = 0, False, None, None, 0
+            self._done, self._early, self._watch = 0, False, Watch()
             # A second fit() goes on from where the masks are; its clock starts where the trainer's does.
             self.on_step(trainer, current_step(trainer))
 
@@ -196,8 +177,15 @@ class PruneFinetune(SparsityCallback):
             return
         if self._done == 0 and self.before_first_change is not None and step > 0:
             self.before_first_change(trainer)
+        recalibrate(trainer, self.masks, self.criterion, step)
         self._apply(steps[target], step, f"round {target + 1} of {len(steps)}")
-        self._done, self._last, self._early, self._best, self._bad = target + 1, step, False, None, 0
+        self._done, self._last, self._early = target + 1, step, False
+        self._watch.next_round()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Criteria that watch training see every step."""
+        if self._watches:
+            watch_step(trainer, self.masks, self.criterion, optimizer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """A round that has recovered ends before the next batch."""
@@ -213,10 +201,8 @@ class PruneFinetune(SparsityCallback):
             goal = float(self.final(tensor))
             if tensor.pattern.sparsity is not None:
                 own[tensor.name] = tensor.pattern.sparsity if goal else 0.0
-            elif tensor.goal is not None or self.allocation == "uniform":
-                now = self._curves[goal].at(point) if goal else 0.0
-                # Never regrow: a model that starts sparser than the schedule waits until the schedule has caught up.
-                own[tensor.name] = max(tensor.sparsity, exact(now))
+            elif tensor.goal is not None or not self.pooled:
+                own[tensor.name] = self._curves[goal].at(point) if goal else 0.0
             else:
                 shared.append(tensor)
         budget: Any = self.sparsity
@@ -226,46 +212,45 @@ class PruneFinetune(SparsityCallback):
             budget = self._curves[self.sparsity].at(point) if self.sparsity else 0.0
             if pruned > budget:
                 own |= {t.name: t.sparsity for t in shared}
-        prune(self.masks, budget, criterion=self.criterion, allocation=self.allocation, own=own, step=step, why=why)
+        # Never regrow: a model that starts sparser than the schedule waits until the schedule has caught up.
+        prune(
+            self.masks,
+            budget,
+            criterion=self.criterion,
+            allocation=self.allocation,
+            own=own,
+            regrow=False,
+            step=step,
+            why=why,
+        )
 
     def on_validated(self, trainer: Trainer) -> None:
         """Watch the metric for recovery."""
         if self.recovery is None:
             return
-        monitor = self.recovery.monitor
-        if monitor not in trainer.callback_metrics:
-            known = [str(name) for name in trainer.callback_metrics]
-            raise RecipeError(
-                f"recovery.monitor {monitor!r} is not logged; logged are {', '.join(known)}.{nearest(monitor, known)}"
-            )
-        sign = 1 if self.recovery.mode == "max" else -1
-        value = sign * float(trainer.callback_metrics[monitor])
+        value = self.recovery.value(trainer.callback_metrics)
         if not self._done:
-            self._reference = value if self._reference is None else max(self._reference, value)
-            return
-        improved = self._best is None or value > self._best
-        self._best = value if self._best is None else max(self._best, value)
-        self._bad = 0 if improved else self._bad + 1
-        back = self._reference is not None and value >= self._reference - self.recovery.tolerance
-        self._early = self._done < len(self._steps) and (back or self._bad >= self.recovery.patience)
+            self._watch.before(value)
+        else:
+            self._early = self._watch.recovered(value, self.recovery) and self._done < len(self._steps)
 
     # -- remembering ------------------------------------------------------------------------------------------------------
 
     def method_state(self) -> dict[str, Any]:
         """Where in the schedule it is."""
-        return {
-            "done": self._done,
-            "last": self._last,
-            "early": self._early,
-            "reference": self._reference,
-            "best": self._best,
-            "bad": self._bad,
-        }
+        state = {"done": self._done, "last": self._last, "early": self._early, "watch": asdict(self._watch)}
+        return state | (
+            {"criterion": self.criterion.state_dict()}
+            if isinstance(self.criterion, StatisticsCriterion) and self._watches
+            else {}
+        )
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self._done, self._last, self._early = state["done"], state["last"], state["early"]
-        self._reference, self._best, self._bad = state["reference"], state["best"], state["bad"]
+        self._watch = Watch(**state["watch"])
+        if isinstance(self.criterion, StatisticsCriterion) and self._watches:
+            self.criterion.load_state_dict(state["criterion"])
 
     def shortfall(self) -> str | None:
         """Training stopped before the schedule had ended, or never began."""

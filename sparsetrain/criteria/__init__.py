@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from sparsetrain.criteria.base import Criterion
+from sparsetrain.criteria.base import Criterion, Known, Seen, StatisticsCriterion
 from sparsetrain.criteria.magnitude import Magnitude, magnitude
 from sparsetrain.criteria.random import Random, random_scores
 from sparsetrain.errors import RecipeError, nearest
 
-__all__ = ["NAMES", "Criterion", "Magnitude", "Random", "get_criterion", "magnitude", "random_scores"]
+__all__ = [
+    "NAMES",
+    "Criterion",
+    "Known",
+    "Magnitude",
+    "Random",
+    "Seen",
+    "StatisticsCriterion",
+    "get_criterion",
+    "magnitude",
+    "random_scores",
+]
 
 NAMES: dict[str, type[Criterion]] = {"magnitude": Magnitude, "random": Random}
 

@@ -1,22 +1,140 @@
-"""What every criterion is."""
+"""What every criterion is: a score for each weight, from the weight alone or from statistics it has accumulated.
+
+A criterion that needs data says where it comes from (``source``) and what it looks at (``needs``):
+
+* ``"calibration"``: batches are streamed through the model right before scoring (`sparsetrain.calibration.calibrate`);
+* ``"training"``: it watches every optimizer step, from the first one on.
+
+Either way it sees one `Seen` for each tensor and batch and keeps sums in ``memory``: memory is bounded by the model, never by
+the data. Sums add up over ranks.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from sparsetrain.errors import RecipeError
+from sparsetrain.patterns import Pattern
 
 
 class Criterion(ABC):
     """Scores each weight of a tensor; higher = more important. A subclass needs `score`.
 
-    ``elementwise``: the score of a weight depends on that weight alone, so a shard of the tensor can be scored by itself.
-    Set it to False where it does not, and the whole tensor is given.
+    ``elementwise``: the score of a weight depends on that weight alone (and on its own statistics), so a shard of the tensor
+    can be scored by itself. Set it to False where it does not, and the whole tensor is given.
     """
 
     elementwise: ClassVar[bool] = True
+    source: ClassVar[Literal["weights", "calibration", "training"]] = "weights"
 
     @abstractmethod
     def score(self, weight: Tensor, *, name: str, step: int) -> Tensor:
-        """Scores of the same shape as ``weight``; never modifies it. ``name`` and ``step`` are there for seeds."""
+        """Scores of the same shape as ``weight``; never modifies it. ``name`` and ``step`` are there for seeds and memory."""
+
+    def prepare(self, model: nn.Module, tensors: Sequence[Known]) -> None:
+        """Look at the model once, when the criterion is bound to it; raise `RecipeError` or `TargetError` if it cannot work.
+
+        Called again when it is bound to another model.
+        """
+        return None
+
+    def compensate(self, weight: Tensor, mask: Tensor, *, name: str) -> Tensor | None:
+        """New values of the weights that stay, given those before pruning and the new mask; None leaves them as they are."""
+        return None
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a criterion may know of one tensor: its name, its layer, its pattern, and how it is stored.
+
+    ``transposed``: stored as ``(in, out)``, as transformers' Conv1D does; `view` gives ``(out, in, *kernel)``.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+    pattern: Pattern
+    transposed: bool = False
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """A tensor as stored, seen with outputs first; its own inverse."""
+        return tensor.transpose(0, 1) if self.transposed else tensor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One tensor in one batch (or one sample, where ``per_sample``): this rank's part, as stored.
+
+    ``output`` is what the tensor's layer gave, for criteria that need activations, else None; ``gradient`` likewise.
+    """
+
+    tensor: Known
+    weight: Tensor
+    gradient: Tensor | None = None
+    output: Tensor | None = None
+
+
+class StatisticsCriterion(Criterion):
+    """A criterion on accumulated statistics. A subclass needs `observe`, `score`, and says what it looks at.
+
+    Args:
+        batches: how many batches are streamed when it calibrates (`source` "calibration"), at least 1.
+
+    ``needs``: ``"gradient"`` of the weight, or ``"output"`` of its layer. ``per_sample``: batches are cut into samples.
+    ``additive``: memory holds sums, which may be added over ranks.
+    """
+
+    source: ClassVar[Literal["weights", "calibration", "training"]] = "calibration"
+    needs: ClassVar[Literal["gradient", "output"]] = "gradient"
+    per_sample: ClassVar[bool] = False
+    additive: ClassVar[bool] = True
+
+    def __init__(self, batches: int = 16) -> None:
+        if batches < 1:
+            raise RecipeError(f"criterion {type(self).__name__}: batches={batches}; it needs at least 1 batch of data")
+        self.batches = batches
+        self.memory: dict[str, dict[str, Tensor]] = {}
+
+    @abstractmethod
+    def observe(self, seen: Seen) -> None:
+        """Take in one tensor of one batch; keeps no reference to what it is given."""
+
+    def reset(self) -> None:
+        """Forget everything, before a new calibration."""
+        self.memory = {}
+
+    def add(self, name: str, **values: Tensor) -> None:
+        """Add to the sums of a tensor; the first values begin them."""
+        memory = self.memory.setdefault(name, {})
+        for key, value in values.items():
+            if key in memory:
+                memory[key] += value
+            else:
+                memory[key] = value.detach().clone()
+
+    def remembered(self, name: str) -> dict[str, Tensor]:
+        """The statistics of a tensor; raises `RecipeError` if it has seen none."""
+        if name not in self.memory:
+            way = (
+                "prune after the first training steps (schedule.start), it watches them"
+                if self.source == "training"
+                else "call sparsetrain.calibrate(manager, criterion, batches, loss) first; the callbacks do so by themselves"
+            )
+            raise RecipeError(f"criterion {type(self).__name__} scores {name} from data and has seen none: {way}")
+        return self.memory[name]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The statistics, as plain tensors: what an exact resume needs of a criterion that watches training."""
+        return {name: {key: value.clone() for key, value in memory.items()} for name, memory in self.memory.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the statistics back."""
+        self.memory = {
+            name: {key: torch.as_tensor(value).clone() for key, value in memory.items()} for name, memory in state.items()
+        }

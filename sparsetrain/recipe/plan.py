@@ -117,7 +117,7 @@ def _fill_tensors(result: Plan, method: SparsityCallback, manager: MaskManager) 
         except PatternError as error:
             problem = str(error)
             result.problems.append(f"{tensor.name}: {problem}")
-        free = method.is_global and tensor.goal is None
+        free = method.pooled and tensor.goal is None
         if free and final is not None:
             shared[final] = shared.get(final, 0) + numel
         else:
@@ -136,7 +136,7 @@ def _fill_tensors(result: Plan, method: SparsityCallback, manager: MaskManager) 
                 problem,
             )
         )
-    # One threshold has one budget, rounded down once.
+    # A pooled budget is rounded down once.
     result.pruned += sum(math.floor(exact(final) * numel) for final, numel in shared.items())
 
 
@@ -232,4 +232,4 @@ def _fill_flops(result: Plan, model: nn.Module, data: LightningDataModule | None
         sparse += cost * (kept.get(weight, share) if weight in planned else 1.0)
     result.flops = {"dense": dense, "sparse": sparse}
     if len(kept) < len(planned):
-        result.notes.append("FLOPs after pruning are an estimate: the global threshold decides how much each tensor loses")
+        result.notes.append("FLOPs after pruning are an estimate: the allocation decides how much each tensor loses")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparsetrain.allocation import NAMES, Share, get_allocation, global_, uniform
+from sparsetrain.allocation import NAMES, Global, Share, Uniform, get_allocation
 from sparsetrain.errors import PatternError, RecipeError
 from sparsetrain.masks import MaskManager, Override
 from sparsetrain.patterns import NM, Block, Pattern, Slices, UnitPattern, Unstructured, parse_pattern
@@ -56,7 +56,7 @@ def test_global_is_one_sorted_list(shapes: list[tuple[int, int]], percent: int, 
     budget = total * percent // 100
     if budget > total - len(tensors):
         return
-    found = global_(shares(tensors), percent / 100, torch.clone if summed else None)
+    found = Global()(shares(tensors), percent / 100, torch.clone if summed else None)
     counts = lowest_over_all([t.flatten().tolist() for t in tensors], budget)
     assert found == {f"t{i}": Fraction(c, t.numel()) for i, (c, t) in enumerate(zip(counts, tensors, strict=True))}
     assert sum(counts) == budget
@@ -68,7 +68,7 @@ def test_global_over_units_is_the_longest_run_within_the_budget(
     shapes: list[tuple[int, int]], percent: int, seed: int, pattern: UnitPattern
 ) -> None:
     tensors = draw(seed, shapes)
-    found = global_(shares(tensors, pattern), percent / 100)
+    found = Global()(shares(tensors, pattern), percent / 100)
     units = []
     for t, scores in enumerate(tensors):
         ids = torch.arange(math.prod(pattern.unit_scores(scores).shape)).view(pattern.unit_scores(scores).shape)
@@ -91,39 +91,39 @@ def test_global_over_units_is_the_longest_run_within_the_budget(
 
 def test_ties_go_to_earlier_tensors() -> None:
     same = [torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(1, 4)]
-    assert global_(shares(same), 0.5) == {"t0": Fraction(3, 4), "t1": Fraction(3, 4), "t2": Fraction(0)}
-    assert global_(shares(same), 0.25) == {"t0": Fraction(3, 4), "t1": 0, "t2": 0}
+    assert Global()(shares(same), 0.5) == {"t0": Fraction(3, 4), "t1": Fraction(3, 4), "t2": Fraction(0)}
+    assert Global()(shares(same), 0.25) == {"t0": Fraction(3, 4), "t1": 0, "t2": 0}
 
 
 def test_a_layer_that_would_die_keeps_its_best_weight_and_the_others_give_one_more() -> None:
     weak, strong = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[10.0, 11.0, 12.0, 13.0, 14.0]])
-    assert global_(shares([weak, strong]), 0.5) == {"t0": Fraction(2, 3), "t1": Fraction(2, 5)}
+    assert Global()(shares([weak, strong]), 0.5) == {"t0": Fraction(2, 3), "t1": Fraction(2, 5)}
     # twin: where nothing dies, the threshold alone decides
-    assert global_(shares([weak + 9.5, strong]), 0.25) == {"t0": Fraction(1, 3), "t1": Fraction(1, 5)}
+    assert Global()(shares([weak + 9.5, strong]), 0.25) == {"t0": Fraction(1, 3), "t1": Fraction(1, 5)}
 
 
 def test_a_slice_of_every_tensor_stays_and_others_give_instead() -> None:
     weak, strong = torch.ones(2, 2), torch.full((4, 2), 9.0)
-    assert global_(shares([weak, strong], Slices(0)), 0.5) == {"t0": Fraction(1, 2), "t1": Fraction(1, 2)}
+    assert Global()(shares([weak, strong], Slices(0)), 0.5) == {"t0": Fraction(1, 2), "t1": Fraction(1, 2)}
 
 
 def test_pruned_weights_fill_the_budget_first() -> None:
     first, second = torch.tensor([[5.0, 6.0, 7.0, 8.0]]), torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     dead = torch.tensor([[-torch.inf, -torch.inf, 7.0, 8.0]])
-    assert global_(shares([dead, second]), 0.375) == {"t0": Fraction(1, 2), "t1": Fraction(1, 4)}
-    assert global_(shares([first, second]), 0.375) == {"t0": Fraction(0), "t1": Fraction(3, 4)}
+    assert Global()(shares([dead, second]), 0.375) == {"t0": Fraction(1, 2), "t1": Fraction(1, 4)}
+    assert Global()(shares([first, second]), 0.375) == {"t0": Fraction(0), "t1": Fraction(3, 4)}
 
 
 def test_a_budget_beyond_one_weight_a_tensor_is_refused_by_value() -> None:
     tensors = [torch.arange(5.0).view(1, 5), torch.arange(5.0).view(1, 5), torch.tensor([[9.0]])]
     with pytest.raises(PatternError, match=r"0\.95.*3 tensors.*lower"):
-        global_(shares(tensors), 0.95)
+        Global()(shares(tensors), 0.95)
 
 
 @quick
 @given(sizes, st.integers(0, 99))
 def test_uniform_is_the_same_everywhere(shapes: list[tuple[int, int]], percent: int) -> None:
-    found = uniform(shares([torch.zeros(s) for s in shapes]), percent / 100)
+    found = Uniform()(shares([torch.zeros(s) for s in shapes]), percent / 100)
     assert found == {f"t{i}": Fraction(percent, 100) for i in range(len(shapes))}
 
 
@@ -172,7 +172,7 @@ def test_global_budgets_are_exact_however_often(steps: list[float]) -> None:
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured("row")])
 def test_patterns_fixed_by_rows_or_groups_cannot_follow_a_threshold(pattern: Pattern) -> None:
     with pytest.raises(RecipeError, match=rf"fc1.*{pattern}.*use allocation 'uniform', or pattern 'unstructured'"):
-        global_([share(torch.ones(4, 4), pattern, "fc1")], 0.5)
+        Global()([share(torch.ones(4, 4), pattern, "fc1")], 0.5)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_patterns_fixed_by_rows_or_groups_cannot_follow_a_threshold(pattern: Pat
     [
         (lambda: get_allocation("globl"), ["'globl'", "uniform, global", "Did you mean 'global'"]),
         (
-            lambda: global_([share(torch.ones(4, 4)), share(torch.ones(4, 4), Block(2, 2))], 0.5),
+            lambda: Global()([share(torch.ones(4, 4)), share(torch.ones(4, 4), Block(2, 2))], 0.5),
             ["several kinds", "unstructured", "block:2x2", "uniform"],
         ),
     ],
@@ -192,8 +192,8 @@ def test_errors_name_the_value_and_the_way_out(broken: Callable[[], object], say
 
 
 def test_nothing_to_share_is_nothing() -> None:
-    assert global_([], 0.5) == uniform([], 0.5) == {}
-    assert {name: get_allocation(name) for name in NAMES} == NAMES
+    assert Global()([], 0.5) == Uniform()([], 0.5) == {}
+    assert {name: type(get_allocation(name)) for name in NAMES} == NAMES
     assert share(torch.ones(3, 4), parse_pattern("2:4")).numel == 12
 
 

@@ -1,0 +1,65 @@
+"""Recovery: a round of pruning ends as soon as the validation metric is back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sparsetrain.errors import RecipeError, nearest
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """End a round as soon as the validation metric has recovered; at the latest after the schedule's ``every``.
+
+    Recovered: within ``tolerance`` of the best value before the first round, or no better for ``patience`` validations.
+    """
+
+    monitor: str = "val/accuracy"
+    mode: Literal["max", "min"] = "max"
+    tolerance: float = 0.0
+    patience: int = 3
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("max", "min"):
+            raise RecipeError(f"recovery.mode {self.mode!r} is unknown; use 'max' or 'min'")
+        if self.patience < 1 or not (math.isfinite(self.tolerance) and self.tolerance >= 0):
+            raise RecipeError(
+                f"recovery needs patience of at least 1 and a tolerance of 0 or more, not {self.patience} and {self.tolerance}"
+            )
+
+    def value(self, metrics: Mapping[str, Any]) -> float:
+        """The monitored value, turned so that more is better; raises `RecipeError` if it is not logged."""
+        if self.monitor not in metrics:
+            known = [str(name) for name in metrics]
+            raise RecipeError(
+                f"recovery.monitor {self.monitor!r} is not logged; logged are {', '.join(known)}.{nearest(self.monitor, known)}"
+            )
+        return (1 if self.mode == "max" else -1) * float(metrics[self.monitor])
+
+
+@dataclass
+class Watch:
+    """What is known of the metric: the best before the first round, the best of this one, validations without a better."""
+
+    reference: float | None = None
+    best: float | None = None
+    bad: int = 0
+
+    def before(self, value: float) -> None:
+        """A validation before the first round."""
+        self.reference = value if self.reference is None else max(self.reference, value)
+
+    def recovered(self, value: float, recovery: Recovery) -> bool:
+        """A validation inside a round: is it over?"""
+        improved = self.best is None or value > self.best
+        self.best = value if self.best is None else max(self.best, value)
+        self.bad = 0 if improved else self.bad + 1
+        back = self.reference is not None and value >= self.reference - recovery.tolerance
+        return back or self.bad >= recovery.patience
+
+    def next_round(self) -> None:
+        """A round begins."""
+        self.best, self.bad = None, 0
