@@ -1,41 +1,41 @@
 """Record an experiment: a recipe over seeds and rows of overrides, final-epoch numbers into ``recipes/results/NAME.json``.
 
 An experiment file (``recipes/experiments/NAME.yaml``) says ``question``, ``recipe``, ``seeds``, ``model``, ``data``, and
-``rows``, each with ``method``, ``overrides``, and what is to be compared: ``published``, ``source``, ``goal``. Every run goes
-to a directory of its own; one that is finished is not run again, so that a broken-off experiment goes on where it was.
+``rows``, each with ``method``, ``overrides``, and what is to be compared: ``published``, ``source``, ``goal``. A row may also
+have
+
+* ``name``: others may refer to it; ``goal: {row: dense, plus: 0.1}`` is its mean plus 0.1;
+* ``recipe``: another than the experiment's;
+* ``value``: a path into metrics.json (``method.rounds.3.end.test/accuracy``) instead of the final test error, with ``metric``,
+  ``higher_is_better``, and ``sparsity``, a path too.
+
+``curves`` are drawn from lists in metrics.json: ``title``, ``list`` (``method.rounds``), ``x`` and ``y`` (paths inside an
+entry), ``x_label``, ``y_label``, ``log_x``, and ``lines``: name of a stage or row -> label. An accuracy is drawn as an error in
+percent, a sparsity as percent kept.
+
+``stages`` are commands that rows need and that are no rows themselves: ``name``, ``command`` (``run`` if not given),
+``recipe``, ``overrides``. In overrides ``@NAME`` is the directory of that stage or row for the same seed. Every run goes to a
+directory of its own; equal runs are one run; one that is finished is not run again, so that a broken-off experiment goes on
+where it was.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
-import shutil
 import statistics
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sparsetrain.errors import RecipeError
+from sparsetrain.errors import RecipeError, nearest
+from sparsetrain.recipe.jobs import Job, make_job, run_jobs
 from sparsetrain.recipe.schema import read_yaml
+from sparsetrain.report.curves import plot_curves
 
 _KEYS = {"question", "recipe", "seeds", "model", "data", "rows"}
 _ROW_KEYS = {"method", "overrides", "published", "source", "goal"}
-
-
-@dataclass(frozen=True)
-class _Job:
-    row: int
-    seed: int
-    out: Path
-    command: list[str]
 
 
 def load_experiment(path: Path) -> dict[str, Any]:
@@ -49,114 +49,152 @@ def load_experiment(path: Path) -> dict[str, Any]:
     for index, row in enumerate(found["rows"]):
         if _ROW_KEYS - set(row):
             raise RecipeError(f"{path}: rows[{index}] lacks {', '.join(sorted(_ROW_KEYS - set(row)))}")
+        goal, names = row["goal"], [other["name"] for other in found["rows"][:index] if "name" in other]
+        if isinstance(goal, dict) and goal.get("row") not in names:
+            raise RecipeError(
+                f"{path}: rows[{index}].goal names row {goal.get('row')!r}; rows before it are {', '.join(names)}"
+            )
+    for index, stage in enumerate(found.setdefault("stages", [])):
+        if {"name", "overrides"} - set(stage):
+            raise RecipeError(f"{path}: stages[{index}] needs name and overrides")
     return found
 
 
 def record(path: Path, jobs: int = 1, work: Path = Path("runs/record"), results: Path = Path("recipes/results")) -> Path:
     """Run what is not finished yet, ``jobs`` runs at a time with one thread each, and write the result file.
 
-    The metric is the test error of the final epoch in percent. Example:
+    The metric is the test error of the final epoch in percent, unless a row says otherwise. Example:
     ``record(Path("recipes/experiments/mnist_prune_finetune.yaml"), jobs=2)``.
     """
     experiment = load_experiment(path)
-    recipe = path.parent / experiment["recipe"]
-    work = work / path.stem
-    todo = [
-        _job(recipe, index, row, seed, work) for index, row in enumerate(experiment["rows"]) for seed in experiment["seeds"]
-    ]
     if jobs < 1:
         raise RecipeError(f"--jobs {jobs}: at least one run at a time")
-    finished = _run_all(todo, jobs)
+    todo, owners = _jobs(experiment, path, work / path.stem)
+    finished = dict(zip([job.out for job in todo], run_jobs(todo, jobs), strict=True))
+    numbers = range(len(experiment["rows"]))
+    by_row = [[finished[owners[f"row{index}", seed]] for seed in experiment["seeds"]] for index in numbers]
+    rows: dict[str, dict[str, Any]] = {}
+    for index, (row, runs) in enumerate(zip(experiment["rows"], by_row, strict=True)):
+        rows[str(row.get("name", index))] = _row(experiment, row, runs, rows)
     result = {
         "question": experiment["question"],
         "command": f"sparsetrain record {path.as_posix()}",
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, 1 thread a run",
-        "versions": finished[0]["versions"],
-        "seconds": round(sum(metrics["seconds"]["total"] for metrics in finished), 1),
+        "versions": by_row[0][0]["versions"],
+        "seconds": round(sum(_seconds(metrics) for metrics in finished.values()), 1),
         "seeds": experiment["seeds"],
-        "rows": [
-            _row(experiment, row, [m for m, job in zip(finished, todo, strict=True) if job.row == index])
-            for index, row in enumerate(experiment["rows"])
-        ],
+        "rows": list(rows.values()),
     }
+    if "curves" in experiment:
+        result["curves"] = [_curve(curve, owners, finished, experiment["seeds"], path) for curve in experiment["curves"]]
     results.mkdir(parents=True, exist_ok=True)
     target = results / f"{path.stem}.json"
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if "curves" in result:
+        plot_curves(result["curves"], target.with_suffix(".png"))
     return target
 
 
-def _run_all(todo: Sequence[_Job], jobs: int) -> list[dict[str, Any]]:
-    """The metrics of every job; after an error or Ctrl-C none is started any more."""
-    stop = threading.Event()
-
-    def attempt(job: _Job) -> dict[str, Any]:
-        if stop.is_set():
-            raise CancelledError
-        try:
-            return _run(job)
-        except BaseException:
-            stop.set()
-            raise
-
-    with ThreadPoolExecutor(max_workers=jobs) as pool:
-        try:
-            return list(pool.map(attempt, todo))
-        finally:
-            stop.set()
+def _seconds(metrics: Mapping[str, Any]) -> float:
+    seconds = metrics.get("seconds", 0.0)
+    return float(seconds["total"] if isinstance(seconds, Mapping) else seconds)
 
 
-def _job(recipe: Path, index: int, row: Mapping[str, Any], seed: int, work: Path) -> _Job:
-    out = work / f"row{index}-seed{seed}"
-    options = [
-        text
-        for key, value in row["overrides"].items()
-        for text in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "sparsetrain.cli",
-        "run",
-        str(recipe),
-        "--seed",
-        str(seed),
-        *options,
-        "--out",
-        str(out),
-    ]
-    return _Job(index, seed, out, command)
+def _jobs(experiment: Mapping[str, Any], path: Path, work: Path) -> tuple[list[Job], dict[tuple[str, int], Path]]:
+    """Every run once, what others need first; and where the run of each row and name is for each seed."""
+    todo: dict[Path, Job] = {}
+    same: dict[tuple[str, ...], Path] = {}
+    owners: dict[tuple[str, int], Path] = {}
+    for seed in experiment["seeds"]:
+        named: dict[str, Path] = {}
+        stages = [(stage["name"], stage) for stage in experiment["stages"]]
+        rows = [(f"row{index}", row) for index, row in enumerate(experiment["rows"])]
+        for label, entry in [*stages, *rows]:
+            recipe = path.parent / entry.get("recipe", experiment["recipe"])
+            overrides = {key: _placed(value, named, path) for key, value in entry["overrides"].items()}
+            job = make_job(entry.get("command", "run"), recipe, overrides, seed, work / f"{label}-seed{seed}", named.values())
+            out = same.setdefault(job.identity, job.out)
+            todo.setdefault(out, job)
+            owners[label, seed] = out
+            if "name" in entry:
+                named[entry["name"]] = owners[entry["name"], seed] = out
+    return list(todo.values()), owners
 
 
-def _run(job: _Job) -> dict[str, Any]:
-    metrics = job.out / "metrics.json"
-    if not metrics.is_file():
-        began = time.monotonic()
-        last = job.out / "checkpoints" / "last.ckpt"
-        resume = ["--ckpt_path", "last"] if last.is_file() else []
-        if not resume and job.out.exists():
-            shutil.rmtree(job.out)  # broken off before its first checkpoint
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*job.command, *resume], env=environment, capture_output=True, text=True, check=False)
-        print(f"row {job.row} seed {job.seed}: {time.monotonic() - began:.0f} s", flush=True)
-        if done.returncode:
-            raise RecipeError(f"{' '.join(job.command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(metrics.read_text(encoding="utf-8"))
-    if not found.get("verified"):
-        raise RecipeError(f"{job.out} is not verified: {found.get('problems') or found.get('message')}")
-    return found
+def _placed(value: Any, named: Mapping[str, Path], path: Path) -> Any:
+    """Replace ``@NAME`` by the directory of that stage or row."""
+    if isinstance(value, Mapping):
+        return {key: _placed(inner, named, path) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_placed(inner, named, path) for inner in value]
+    if not (isinstance(value, str) and "@" in value):
+        return value
+    head, _, rest = value.partition("@")
+    name, slash, tail = rest.partition("/")
+    if name not in named:
+        raise RecipeError(f"{path}: {value!r} names no stage or row before it.{nearest(name, named)}")
+    return f"{head}{named[name].absolute()}{slash}{tail}"
 
 
-def _row(experiment: Mapping[str, Any], row: Mapping[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    lacking = [run["recipe"] for run in runs if "test/accuracy" not in run["final"]]
-    if lacking:
-        raise RecipeError(
-            f"recipe {lacking[0]!r} logs no 'test/accuracy', which is what is recorded; it logs {', '.join(runs[0]['final'])}"
-        )
-    values = [round(100 * (1 - run["final"]["test/accuracy"]), 4) for run in runs]
-    sparsity = statistics.fmean(run["sparsity"]["actual"] for run in runs)
+def _found(metrics: Mapping[str, Any], path: str) -> Any:
+    value: Any = metrics
+    for key in path.split("."):
+        known = list(value) if isinstance(value, Mapping) else [str(i) for i in range(len(value))]
+        if key not in known:
+            raise RecipeError(
+                f"{metrics.get('recipe')!r} has no {path!r} in its metrics: there is no {key!r} among {', '.join(known)}"
+            )
+        value = value[key] if isinstance(value, Mapping) else value[int(key)]
+    return value
+
+
+def _curve(
+    curve: Mapping[str, Any],
+    owners: Mapping[tuple[str, int], Path],
+    finished: Mapping[Path, Mapping[str, Any]],
+    seeds: Sequence[int],
+    path: Path,
+) -> dict[str, Any]:
+    lines = []
+    for name, label in curve["lines"].items():
+        if (name, seeds[0]) not in owners:
+            raise RecipeError(f"{path}: curves names {name!r}, which is no stage or row")
+        lists = [_found(finished[owners[name, seed]], curve["list"]) for seed in seeds]
+        shortest = min(len(entries) for entries in lists)
+        points = [[(_point(e, curve["x"]), _point(e, curve["y"])) for e in entries[:shortest]] for entries in lists]
+        xs = [[seed[i][0] for seed in points] for i in range(shortest)]
+        ys = [[seed[i][1] for seed in points] for i in range(shortest)]
+        spread = [round(statistics.stdev(y), 5) if len(y) > 1 else 0.0 for y in ys]
+        mean = [round(statistics.fmean(y), 5) for y in ys]
+        lines.append({"label": label, "x": [round(statistics.fmean(x), 5) for x in xs], "mean": mean, "sd": spread})
+    kept = {key: curve[key] for key in ("title", "x_label", "y_label")}
+    return kept | {"log_x": bool(curve.get("log_x", False)), "lines": lines}
+
+
+def _point(entry: Mapping[str, Any], path: str) -> float:
+    """A number of an entry: accuracies as errors in percent, shares kept in percent."""
+    value = float(_found(entry, path))
+    if path.endswith("accuracy"):
+        return 100 * (1 - value)
+    return 100 * (1 - value) if path == "sparsity" else value
+
+
+def _row(
+    experiment: Mapping[str, Any],
+    row: Mapping[str, Any],
+    runs: Sequence[Mapping[str, Any]],
+    before: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    path = row.get("value", "final.test/accuracy")
+    is_error = path.endswith("test/accuracy") and "metric" not in row
+    found = [float(_found(run, path)) for run in runs]
+    values = [round(100 * (1 - value) if is_error else value, 4) for value in found]
+    sparsity = statistics.fmean(float(_found(run, row.get("sparsity", "sparsity.actual"))) for run in runs)
     patterns = sorted({layer["pattern"] for run in runs for layer in run["layers"]}) or ["dense"]
-    mean = statistics.fmean(values)
+    mean, goal, higher = statistics.fmean(values), row["goal"], bool(row.get("higher_is_better", False))
+    if isinstance(goal, Mapping):
+        goal = round(before[goal["row"]]["mean"] + goal["plus"], 4)
     return {
         "method": row["method"],
         "model": experiment["model"],
@@ -164,13 +202,13 @@ def _row(experiment: Mapping[str, Any], row: Mapping[str, Any], runs: list[dict[
         "compression": round(1 / (1 - sparsity), 3),
         "sparsity": sparsity,
         "pattern": ", ".join(patterns),
-        "metric": "test error, % (final epoch)",
-        "higher_is_better": False,
+        "metric": "test error, % (final epoch)" if is_error else row.get("metric", path),
+        "higher_is_better": higher,
         "values": values,
         "mean": round(mean, 4),
         "sd": round(statistics.stdev(values), 4) if len(values) > 1 else None,
         "published": row["published"],
         "source": row["source"],
-        "goal": row["goal"],
-        "met": None if row["goal"] is None else mean <= row["goal"],
+        "goal": goal,
+        "met": None if goal is None else (mean >= goal if higher else mean <= goal),
     }

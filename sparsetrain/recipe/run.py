@@ -87,6 +87,7 @@ def run(
         dense_file = out / "checkpoints" / "dense.ckpt"
         metrics = record | evaluate(config, model, built.data, built.method, dense_file, twin)
         metrics |= sparsity(built.method, model)
+        metrics["method"] = {} if built.method is None else built.method.facts()
         metrics["flops"] = flops(model, built.method.manager if built.method else None, built.data)
         metrics["seconds"] = {"total": round(time.monotonic() - began, 2), "fit": round(fitted - began, 2)}
     masks = None if built.method is None else built.method.masks.saved()

@@ -130,11 +130,12 @@ def results_markdown(paths: Sequence[Path]) -> str:
             raise RecipeError(f"{path} does not follow from its numbers: {'; '.join(problems)}. Correct the file.")
         rows = "\n".join(_row_markdown(row) for row in result["rows"])
         minutes = "" if result["seconds"] is None else f", {max(1, round(result['seconds'] / 60))} min"
+        picture = f"\n\n![{result['question']}](recipes/results/{path.stem}.png)" if "curves" in result else ""
         sections.append(
             f"**{result['question']}**\n\n"
             "| method | model | data | pattern | removed | metric | ours | published | goal | met |\n"
             "|---|---|---|---|---:|---|---:|---|---:|---|\n"
-            f"{rows}\n\n`{result['command']}` ({result['date']}, {result['machine']}{minutes})"
+            f"{rows}\n\n`{result['command']}` ({result['date']}, {result['machine']}{minutes}){picture}"
         )
     return "\n\n".join(sections)
 

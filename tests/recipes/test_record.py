@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from sparsetrain.recipe import record as module
+from sparsetrain.recipe import jobs as module
 from sparsetrain.recipe.record import record
-from sparsetrain.report.results import check_result, load_result
+from sparsetrain.report.results import check_result, load_result, results_markdown
 from tests.recipes.conftest import Cli
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -100,6 +100,112 @@ def test_a_failing_run_stops_the_experiment(experiment: Path, cli: Cli) -> None:
     ended = cli("record", experiment, "--work", "work", "--results", "results")
     assert ended.code == 2
     assert "the run's own message" in ended.err
+    assert not Path("results").exists()
+
+
+LINKED = """\
+question: Can a row start where another ended?
+recipe: ../tiny.yaml
+seeds: [0]
+model: MLP
+data: digits
+stages:
+  - {name: start, overrides: {method: null}}
+rows:
+  - {name: dense, method: dense, overrides: {method: null}, published: null, source: null, goal: null}
+  - method: from there
+    overrides: {init_from: "@start"}
+    published: null
+    source: null
+    goal: {row: dense, plus: 100}
+  - method: kept weights of the first layer
+    overrides: {init_from: "@start"}
+    value: layers.0.kept
+    metric: weights kept
+    higher_is_better: true
+    published: null
+    source: null
+    goal: 1
+"""
+
+
+def test_stages_links_shared_runs_and_other_values(experiment: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment.write_text(LINKED, encoding="utf-8")
+    through, started = module.subprocess.run, []
+
+    def count(command: list[str], **options: Any) -> object:
+        started.append(command)
+        return through(command, **options)
+
+    monkeypatch.setattr(module.subprocess, "run", count)
+    ended = cli("record", experiment, "--work", "work", "--results", "results")
+    assert ended.code == 0, ended.err
+    # The stage and the dense row are the same run, and so are the other two rows.
+    assert len(started) == 2
+    assert started[1][started[1].index("--init_from") + 1] == str(Path("work/tiny_pruning/start-seed0").absolute())
+    result = load_result(Path("results/tiny_pruning.json"))
+    assert check_result(result) == []
+    dense, linked, kept = result["rows"]
+    assert linked["goal"] == pytest.approx(dense["mean"] + 100)
+    layers = json.loads(Path("work/tiny_pruning/row1-seed0/metrics.json").read_text())["layers"]
+    assert kept["values"] == [layers[0]["kept"]]
+    assert (kept["metric"], kept["higher_is_better"], kept["met"]) == ("weights kept", True, True)
+
+
+CURVES = """\
+curves:
+  - title: What died when
+    list: changes
+    x: step
+    y: died
+    x_label: step
+    y_label: weights
+    lines: {pruned: pruned}
+"""
+
+
+def test_curves_are_recorded_and_drawn(experiment: Path, cli: Cli) -> None:
+    experiment.write_text(
+        EXPERIMENT.replace("  - method: Prune", "  - name: pruned\n    method: Prune") + CURVES, encoding="utf-8"
+    )
+    ended = cli("record", experiment, "--work", "work", "--results", "results")
+    assert ended.code == 0, ended.err
+    result = load_result(Path("results/tiny_pruning.json"))
+    runs = [json.loads(Path(f"work/tiny_pruning/row1-seed{s}/metrics.json").read_text()) for s in (0, 1)]
+    [line] = result["curves"][0]["lines"]
+    died = [[change["died"] for change in run["changes"]] for run in runs]
+    assert len(died[0]) > 1
+    assert line["mean"] == [(a + b) / 2 for a, b in zip(*died, strict=True)]
+    assert line["x"] == [change["step"] for change in runs[0]["changes"]]
+    first = Path("results/tiny_pruning.png").read_bytes()
+    assert first.startswith(b"\x89PNG")
+    assert cli("record", experiment, "--work", "work", "--results", "results").code == 0
+    assert Path("results/tiny_pruning.png").read_bytes() == first
+    assert "](recipes/results/tiny_pruning.png)" in results_markdown([Path("results/tiny_pruning.json")])
+
+
+def test_a_curve_of_nobody_is_refused(experiment: Path, cli: Cli) -> None:
+    experiment.write_text(EXPERIMENT + CURVES, encoding="utf-8")
+    ended = cli("record", experiment, "--work", "work", "--results", "results")
+    assert (ended.code, "curves names 'pruned'" in ended.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('"@start"', '"@strat"', "Did you mean 'start'"),
+        ("row: dense", "row: dens", "rows[1].goal names row 'dens'; rows before it are dense"),
+        ("value: layers.0.kept", "value: layers.9.kept", "'layers.9.kept'"),
+        ("{name: start, overrides", "{name: start, command: fly, overrides", "'fly' is unknown"),
+        ("{name: start, overrides: {method: null}}", "{name: start}", "stages[0] needs name and overrides"),
+    ],
+)
+def test_links_that_lead_nowhere(old: str, new: str, told: str, experiment: Path, cli: Cli) -> None:
+    assert LINKED.count(old)
+    experiment.write_text(LINKED.replace(old, new), encoding="utf-8")
+    ended = cli("record", experiment, "--work", "work", "--results", "results")
+    assert ended.code == 2
+    assert told in ended.err
     assert not Path("results").exists()
 
 
