@@ -47,6 +47,7 @@ def plot_curves(curves: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """
     with mpl.rc_context(STYLE):
         drawn = figure(5.6 * len(curves), 3.9)
+        drawn.get_layout_engine().set(wspace=0.08)  # type: ignore[union-attr, call-arg]
         panels = drawn.subplots(1, len(curves), squeeze=False)[0]
         for axes, curve in zip(panels, curves, strict=True):
             draw(axes, curve)

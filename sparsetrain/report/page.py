@@ -10,6 +10,7 @@ import jinja2
 
 from sparsetrain.report import wording
 from sparsetrain.report.plots import data_uri, mask_pictures, training_plot
+from sparsetrain.report.rounds import round_metric, round_rows, rounds_plot
 from sparsetrain.report.run_directory import Run, read_run
 from sparsetrain.report.tables import metric_rows
 
@@ -91,6 +92,8 @@ def _context(run: Run, name: str) -> dict[str, Any]:
     changes, change_note = change_rows(metrics.get("changes") or [])
     changed = {int(change["step"]) for change in metrics.get("changes") or [] if change["died"] or change["grew"]}
     plot = training_plot(run.history, metrics.get("metric") or "", changed)
+    rounds = (metrics.get("method") or {}).get("rounds") or []
+    drawn = rounds_plot(rounds)
     layers = [{**dict.fromkeys(LAYER_OPTIONAL), **layer} for layer in metrics.get("layers") or []]
     return {
         "metrics": {**dict.fromkeys((*OPTIONAL, "versions")), **metrics},
@@ -103,6 +106,9 @@ def _context(run: Run, name: str) -> dict[str, Any]:
         "facts": _facts(metrics),
         "results": metric_rows(metrics),
         "plot": data_uri(plot, "image/svg+xml") if plot else "",
+        "rounds": round_rows(rounds),
+        "round_metric": round_metric(rounds),
+        "rounds_plot": data_uri(drawn, "image/svg+xml") if drawn else "",
         "notes": run.notes,
         "pictures": mask_pictures(run.masks),
         "masks": len(run.masks),

@@ -255,3 +255,34 @@ def test_numbers_are_never_rounded_to_all_or_nothing() -> None:
     assert change_text("perplexity", 20.0, 25.0) == "+25.0 %"
     assert change_text("test/accuracy", 97.2, 96.9) == "−0.3 %", "an accuracy recorded in percent is no share of one"
     assert verdict(metrics(sparsity={**metrics()["sparsity"], "actual": 0.0})).startswith("No weight removed")
+
+
+ROUNDS = [
+    {
+        "round": number,
+        "sparsity": 1 - 0.5**number,
+        "kept": 1000 // 2**number,
+        "end": {"val/accuracy": 0.5, "test/accuracy": 0.9 + 0.01 * number},
+        "best": {"step": 700 - 100 * number},
+    }
+    for number in range(3)
+]
+
+
+def test_rounds_are_a_table_and_a_plot(run: Path) -> None:
+    text = page(run, method={"rounds": ROUNDS})
+    rounds = re.search(r'<table class="rounds">.*?</table>', text, re.DOTALL)
+    assert rounds
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rounds[0].split("<tr>")[2:]]
+    assert [row[0] for row in cells] == ["0", "1", "2"]
+    assert [row[2:] for row in cells] == [["1,000", "90.00 %", "700"], ["500", "91.00 %", "600"], ["250", "92.00 %", "500"]]
+    [drawn] = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)" alt="The metric at the end of each round', text)
+    assert "error (test), % at the end of each round" in base64.b64decode(drawn).decode()
+    assert "Rounds" not in page(run, method={})
+
+
+def test_rounds_without_metrics_are_a_table_alone(run: Path) -> None:
+    bare = [{**entry, "end": {}, "best": None} for entry in ROUNDS]
+    text = page(run, method={"rounds": bare})
+    assert '<table class="rounds">' in text
+    assert "The metric at the end of each round" not in text
