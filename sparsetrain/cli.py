@@ -1,8 +1,7 @@
-"""The command line: run, plan, verify, report, list, record. A user's mistake ends in one message and exit code 2."""
+"""The command line: one function a command. A user's mistake ends in one message and exit code 2."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,28 +14,16 @@ from rich.text import Text
 
 from sparsetrain import allocation, criteria, patterns, schedules
 from sparsetrain import callbacks as methods
-from sparsetrain.errors import RecipeError, SparsetrainError, nearest
-
-EXAMPLES = {
-    "run": "sparsetrain run recipes/quickstart.yaml --method.sparsity 0.95 --out runs/first",
-    "plan": "sparsetrain plan recipes/quickstart.yaml --method.sparsity 0.98",
-    "verify": "sparsetrain verify runs/first",
-    "report": "sparsetrain report runs/first",
-    "list": "sparsetrain list schedules",
-    "record": "sparsetrain record recipes/experiments/mnist_prune_finetune.yaml --jobs 2",
-}
-ABOUT = {
-    "run": "Train a recipe: OUT gets config.yaml, metrics.json, masks.safetensors, checkpoints/ and report.html.",
-    "plan": "Dry-run a recipe against the real model on the meta device: what would be pruned, when, and what cannot work.",
-    "verify": "Check a checkpoint or a run directory: every mask against its pattern and its weights.",
-    "report": "Write report.html of a run directory anew.",
-    "list": "What a recipe can name: criteria, patterns, schedules, allocations, methods, recipes.",
-    "record": "Run an experiment (a recipe over seeds) and write its numbers to recipes/results/.",
-}
-_EXTRA = (
-    "Any key of the recipe can be overridden: --seed 1, --method.sparsity 0.9, --trainer.max_epochs 5, --data.batch_size 64. "
-    "--print_config prints the resolved recipe; --keys lists every key with its type; --method.help CLASS explains a class."
+from sparsetrain.commands import (
+    ABOUT,
+    EXAMPLES,
+    command_parser,
+    predict_arguments,
+    recipe_arguments,
+    run_arguments,
+    sensitivity_arguments,
 )
+from sparsetrain.errors import RecipeError, SparsetrainError, nearest
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Console(stderr=True, highlight=False, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), str(error)))
         code = 2
     except KeyboardInterrupt:
-        print("interrupted; a run goes on with --ckpt_path last", file=sys.stderr)
+        print(
+            "interrupted; a run goes on with --ckpt_path last, a scan or prediction when it is started again", file=sys.stderr
+        )
         code = 130
     except Exception as error:
         if os.environ.get("SPARSETRAIN_TRACEBACK"):
@@ -70,6 +59,8 @@ def _dispatch(arguments: list[str]) -> int:
         "report": _report,
         "list": _list,
         "record": _record,
+        "sensitivity": _sensitivity,
+        "predict": _predict,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
@@ -93,50 +84,21 @@ def _overview() -> str:
         "Training-time sparsity: masks that hold through every optimizer step.",
         "",
     ]
-    lines += [f"  {name:<8} {text}" for name, text in ABOUT.items()]
+    lines += [f"  {name:<11} {text}" for name, text in ABOUT.items()]
     return "\n".join([*lines, "", "Each command answers --help. Example:", f"  {EXAMPLES['run']}"])
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise RecipeError(f"{self.prog}: {message}; see {self.prog} --help")
+def _keys(command: str) -> int:
+    from sparsetrain.recipe import recipe_parser
 
-
-def _parser(command: str, more: str = "") -> _Parser:
-    return _Parser(
-        prog=f"sparsetrain {command}",
-        description=ABOUT[command],
-        epilog=f"{more}\n\nexample:\n  {EXAMPLES[command]}".strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
-def _recipe_arguments(command: str, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    import textwrap
-
-    parser = _parser(command, textwrap.fill(_EXTRA, 100))
-    parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.yaml")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where files go (run: runs/<recipe>; plan: none without it)")
-    if command == "run":
-        parser.add_argument("--ckpt_path", metavar="CKPT", help="go on from a checkpoint, or from this run's own: last")
-    parser.add_argument("--keys", action="store_true", help="list every key of a recipe")
-    known, overrides = parser.parse_known_args(arguments)
-    if known.keys:
-        from sparsetrain.recipe import recipe_parser
-
-        recipe_parser(f"sparsetrain {command}").print_help()
-    elif known.recipe is None or not arguments or arguments[0].startswith("-"):
-        parser.error("the recipe comes first, options after it")
-    elif overrides and not overrides[0].startswith("-"):
-        parser.error(f"unexpected argument {overrides[0]!r}: overrides are written --key value")
-    return known, overrides
+    recipe_parser(f"sparsetrain {command}").print_help()
+    return 0
 
 
 def _run(arguments: list[str]) -> int:
-    known, overrides = _recipe_arguments("run", arguments)
+    known, overrides = recipe_arguments("run", arguments, "runs/<recipe>", run_arguments)
     if known.keys:
-        return 0
+        return _keys("run")
     from lightning.pytorch.utilities import rank_zero_only
 
     from sparsetrain.recipe import load_recipe, recipe_parser, run
@@ -157,9 +119,9 @@ def _run(arguments: list[str]) -> int:
 
 
 def _plan(arguments: list[str]) -> int:
-    known, overrides = _recipe_arguments("plan", arguments)
+    known, overrides = recipe_arguments("plan", arguments, "none without it")
     if known.keys:
-        return 0
+        return _keys("plan")
     from sparsetrain.recipe import plan
     from sparsetrain.report import plot_sparsity_curve
     from sparsetrain.report.plan import print_plan
@@ -175,7 +137,7 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _verify(arguments: list[str]) -> int:
-    parser = _parser("verify")
+    parser = command_parser("verify")
     parser.add_argument("path", type=Path, metavar="CKPT_OR_DIR")
     parser.add_argument("--pattern", help="what the zeros of a checkpoint without masks are meant to be: 2:4, unstructured")
     known = parser.parse_args(arguments)
@@ -194,7 +156,7 @@ def _verify(arguments: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    parser = _parser("report")
+    parser = command_parser("report")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     known = parser.parse_args(arguments)
     from sparsetrain.report import write_report
@@ -204,14 +166,15 @@ def _report(arguments: list[str]) -> int:
 
 
 def _list(arguments: list[str]) -> int:
-    parser = _parser("list")
+    parser = command_parser("list")
     parser.add_argument("what", nargs="?", metavar="WHAT", help="criteria, patterns, schedules, allocations, methods, recipes")
     known = parser.parse_args(arguments)
     rooms = {
         "criteria": {name: _first_line(kind) for name, kind in criteria.NAMES.items()},
         "patterns": patterns.NAMES,
         "schedules": {kind.__name__: _first_line(kind) for kind in schedules.NAMES.values()},
-        "allocations": {name: _first_line(function) for name, function in allocation.NAMES.items()},
+        "allocations": {name: _first_line(kind) for name, kind in allocation.NAMES.items()}
+        | {f"{name}:FILE": _first_line(kind) for name, kind in allocation.FROM_FILE.items()},
         "methods": {name: _first_line(kind) for name, kind in methods.NAMES.items()},
         "recipes": _recipes(),
     }
@@ -231,7 +194,7 @@ def _list(arguments: list[str]) -> int:
 
 
 def _record(arguments: list[str]) -> int:
-    parser = _parser("record")
+    parser = command_parser("record")
     parser.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--work", type=Path, default=Path("runs/record"), help="where the runs go; finished ones are kept")
@@ -242,6 +205,35 @@ def _record(arguments: list[str]) -> int:
     from sparsetrain.recipe.record import record
 
     print(f"recorded: {record(known.experiment, known.jobs, known.work, known.results)}")
+    return 0
+
+
+def _sensitivity(arguments: list[str]) -> int:
+    known, overrides = recipe_arguments("sensitivity", arguments, "runs/<recipe>-sensitivity", sensitivity_arguments)
+    if known.keys:
+        return _keys("sensitivity")
+    from sparsetrain.recipe.sensitivity import sensitivity
+    from sparsetrain.report.sensitivity import scan_tables
+
+    options = {"batches": known.batches, "units": known.units, "parameters": known.parameters}
+    found, data, picture = sensitivity(known.recipe, overrides, known.out, **options)
+    for table in scan_tables(asdict(found)):
+        Console().print(table)
+    print(f"scan: {data}\nplot: {picture}")
+    return 0
+
+
+def _predict(arguments: list[str]) -> int:
+    known, overrides = recipe_arguments("predict", arguments, "runs/<recipe>-predict", predict_arguments)
+    if known.keys:
+        return _keys("predict")
+    from sparsetrain.recipe.predict import predict
+    from sparsetrain.report.sensitivity import prediction_table
+
+    options = {"samples": known.samples, "steps": known.steps, "batches": known.batches}
+    found, data, picture = predict(known.recipe, overrides, known.out, known.budget, **options)
+    Console().print(prediction_table(found))
+    print(f"allocation: {data}\nplot: {picture}")
     return 0
 
 

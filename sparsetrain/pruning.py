@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from sparsetrain.allocation import Allocation, Share, get_allocation
-from sparsetrain.criteria import Criterion, get_criterion
+from sparsetrain.criteria import Criterion, Known, get_criterion
 from sparsetrain.errors import PatternError
 from sparsetrain.masks import MaskManager, sharding
 from sparsetrain.masks.tensor import MaskChange, MaskedTensor
@@ -64,12 +64,15 @@ def prune(
     Args:
         manager: the masks.
         sparsity: fraction of zeros in [0, 1); may be left out where the pattern has only one (2:4 is 0.5).
-        criterion: a `Criterion` or its name.
+        criterion: a `Criterion` or its name; one that needs data has been shown some (`sparsetrain.calibration`).
         allocation: an `Allocation` or its name.
         own: sparsities of single tensors, outside the common budget; by default the goals their overrides set.
         regrow: False leaves a tensor as it is that would be less sparse than now.
         step: recorded with the change.
         why: recorded with the change.
+
+    Raises `PatternError` for a sparsity that cannot be reached, `RecipeError` or `TargetError` for a criterion that cannot
+    score this model or has seen no data.
 
     Example: ``prune(manager, 0.9, criterion="magnitude", allocation="global")``.
     """
@@ -77,6 +80,14 @@ def prune(
     if own is None:
         own = {t.name: t.goal for t in manager if t.goal is not None}
         validate(manager, sparsity, together=spread.pooled)
+        score.prepare(manager.model, [Known.of(t) for t in manager])
+    # A score that looks at other weights is of the model as it is before any of them goes.
+    asked = [t for t in manager if own.get(t.name, 1) or t.mask is not None]
+    ahead = {} if score.elementwise else {t.name: _scores(t, score, step) for t in asked}
+
+    def scores(tensor: MaskedTensor) -> Tensor:
+        return ahead[tensor.name] if tensor.name in ahead else _scores(tensor, score, step)
+
     shared = [t for t in manager if t.name not in own]
     reduce = sharding.reducer([t.target.parameter for t in shared])
     by_goal: dict[Sparsity, list[MaskedTensor]] = {}
@@ -84,24 +95,24 @@ def prune(
         by_goal.setdefault(final_sparsity(tensor, sparsity), []).append(tensor)
     plan: dict[str, Sparsity] = dict(own)
     for goal, tensors in by_goal.items():
-        plan |= spread([_share(t, score, step, whole=reduce is None) for t in tensors], goal, reduce)
+        plan |= spread([_share(t, scores, whole=reduce is None) for t in tensors], goal, reduce)
     if not regrow:
         plan = {name: max(manager[name].sparsity, exact(value)) for name, value in plan.items()}
-    return [_update(manager, t, plan[t.name], score, step, why) for t in manager if plan[t.name] or t.mask is not None]
+    changes = []
+    for tensor in manager:
+        if plan[tensor.name] or tensor.mask is not None:
+            before = None if type(score).compensate is Criterion.compensate else tensor.target.parameter.detach().clone()
+            changes.append(manager.update(tensor.name, plan[tensor.name], scores(tensor), step=step, why=why))
+            if before is not None and changes[-1].died:
+                _compensate(manager, tensor, score, sharding.local(before))
+    return changes
 
 
-def _update(
-    manager: MaskManager, tensor: MaskedTensor, sparsity: Sparsity, criterion: Criterion, step: int, why: str
-) -> MaskChange:
-    """Select and install one mask, and move the surviving weights where the criterion says so."""
-    moves = type(criterion).compensate is not Criterion.compensate
-    before = sharding.local(tensor.target.parameter.detach()).clone() if moves else None
-    change = manager.update(tensor.name, sparsity, _scores(tensor, criterion, step), step=step, why=why)
-    if before is not None and change.died and tensor.mask is not None:
-        moved = criterion.compensate(before, tensor.mask, name=tensor.name)
-        if moved is not None:
-            manager.write(tensor.name, moved)
-    return change
+def _compensate(manager: MaskManager, tensor: MaskedTensor, criterion: Criterion, before: Tensor) -> None:
+    """Move the weights that survived a change of the mask, where the criterion says so."""
+    moved = None if tensor.mask is None else criterion.compensate(before, tensor.mask, name=tensor.name)
+    if moved is not None:
+        manager.write(tensor.name, moved)
 
 
 def _scores(tensor: MaskedTensor, criterion: Criterion, step: int) -> Tensor:
@@ -112,7 +123,7 @@ def _scores(tensor: MaskedTensor, criterion: Criterion, step: int) -> Tensor:
     return sharding.take_local(scores, parameter)
 
 
-def _share(tensor: MaskedTensor, criterion: Criterion, step: int, whole: bool) -> Share:
+def _share(tensor: MaskedTensor, scores_of: Callable[[MaskedTensor], Tensor], whole: bool) -> Share:
     """What the allocation sees; pruned weights rank below every other, as they will when the mask is selected.
 
     ``whole``: ranks have no sum of counts in common (some tensors are sharded otherwise, or not), each counts everything.
@@ -121,7 +132,7 @@ def _share(tensor: MaskedTensor, criterion: Criterion, step: int, whole: bool) -
     parameter = tensor.target.parameter
 
     def scores() -> Tensor:
-        values = _scores(tensor, criterion, step)
+        values = scores_of(tensor)
         return values if tensor.mask is None else values.masked_fill(~tensor.mask, -torch.inf)
 
     def gathered() -> Tensor:

@@ -1,18 +1,18 @@
 """Exact selection of the lowest scores: fast on a CPU, small in memory; nothing is sorted in full.
 
-Work goes in chunks that fit the cache, because memory traffic is what costs. One threshold over many entries: a
-random sample brackets it, one pass counts, and only what lies inside (about 1 %) is selected from; over ranks, bits
-are counted instead, since counts add. One threshold a row: a partial selection, then a second look at rows with ties.
-N of M: a chunk is compared with itself shifted by 1, 2, ... entries, so that nothing needs transposing.
+Work goes in chunks that fit the cache. One threshold over many entries: a random sample brackets it, one pass counts, and
+only what lies inside (about 1 %) is selected from; over ranks, bits are counted instead, since counts add. One threshold a
+row: a partial selection, then a second look at rows with ties. N of M: a chunk is compared with itself shifted by 1, 2, ...
 
-Scores are floating and may be infinite; -0.0 equals 0.0; NaN has no rank and raises ``PatternError``. Among equal
-scores the lower row-major index of the tensor as given is pruned first. Masks are contiguous, ``True`` = alive.
+Scores are floating and may be infinite; -0.0 equals 0.0; NaN has no rank and raises ``PatternError``. Among equal scores the
+lower row-major index of the tensor as given is pruned first. Masks are contiguous, ``True`` = alive.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from sparsetrain.errors import PatternError
 Scores = Callable[[], Tensor]
 Sum = Callable[[Tensor], Tensor]
 
-CHUNK = 1 << 19  # entries a pass touches at once: 2 MiB of float32, still in cache, and worth starting threads for
+CHUNK = 1 << 19  # entries a pass touches at once: 2 MiB of float32, in cache, worth starting threads for; on a GPU 64 times
 SAMPLE_EVERY = 256  # one entry of this many is drawn to bracket a threshold
 COMPARE_GROUP = 16  # above this group size a selection per row costs less than comparing all pairs
 
@@ -99,8 +99,7 @@ def keep_n_of_m(scores: Tensor, keep: int, group: int) -> Tensor:
         raise PatternError(f"{keep}:{group} on shape {shape} needs dim 1 divisible by {group}, and 0 <= keep <= group")
     last = scores.movedim(1, -1)  # now a group is a run in row-major order
     mask = torch.empty(last.shape, dtype=torch.bool, device=scores.device)
-    seats = torch.arange(min(last.numel(), _chunk(scores) + group), device=scores.device).remainder_(group).byte()
-    same = [(seats[shift:] >= shift).view(torch.uint8) for shift in range(1, min(group, COMPARE_GROUP))]
+    seats, same = _seats(min(last.numel(), (CHUNK if scores.is_cpu else 64 * CHUNK) + group), group, scores.device)
     for piece, alive in _pieces(last, _wide(scores), mask, unit=group):
         if group > COMPARE_GROUP:
             _prune_rows(piece.view(-1, group), group - keep, alive.view(-1, group))
@@ -248,6 +247,12 @@ def _prune_rows(scores: Tensor, count: int, alive: Tensor) -> None:
         alive[rows] |= equal & (equal.cumsum(1) > pruned[:, None])
 
 
+@lru_cache(maxsize=8)  # whoever selects every step selects the same shapes
+def _seats(length: int, group: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    seats = torch.arange(length, device=device).remainder_(group).byte()
+    return seats, [(seats[i:] >= i).view(torch.uint8) for i in range(1, min(group, COMPARE_GROUP))]
+
+
 def _losses(piece: Tensor, seats: Tensor, same: list[Tensor]) -> Tensor:
     """Per entry how many of its group outrank it; ``same[shift - 1]`` is 1 where i and i + ``shift`` share a group."""
     losses = seats[: len(piece)].clone()  # begin with a loss to every earlier entry, take back those that were none
@@ -263,7 +268,7 @@ def _losses(piece: Tensor, seats: Tensor, same: list[Tensor]) -> Tensor:
 
 def _pieces(scores: Tensor, dtype: torch.dtype, mask: Tensor | None = None, unit: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     """Contiguous runs of ``scores`` in row-major order as ``dtype``, whole units each, with their part of ``mask``."""
-    step = max(1, _chunk(scores) // unit) * unit
+    step = max(1, (CHUNK if scores.is_cpu else 64 * CHUNK) // unit) * unit
     rows = max(1, step // scores[0].numel()) if scores.numel() and scores.dim() else 1
     blocks = [scores] if scores.is_contiguous() else torch.split(scores, rows)
     flat, start = (scores.new_empty(0) if mask is None else mask.view(-1)), 0
@@ -274,10 +279,6 @@ def _pieces(scores: Tensor, dtype: torch.dtype, mask: Tensor | None = None, unit
                 _refuse_nan(int(scores.isnan().sum()), scores.numel())
             yield piece, flat[start : start + len(piece)]
             start += len(piece)
-
-
-def _chunk(scores: Tensor) -> int:
-    return CHUNK if scores.device.type == "cpu" else 64 * CHUNK  # a GPU needs more work a launch
 
 
 def _wide(scores: Tensor, *values: float) -> torch.dtype:

@@ -42,7 +42,8 @@ KNOWS = {
     "calibration sensitivity predictor connectivity depth",
     "recipe": "errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report "
     "calibration sensitivity predictor connectivity depth",
-    "cli": "errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report recipe "
+    "commands": "errors",
+    "cli": "commands errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report recipe "
     "calibration sensitivity predictor connectivity depth",
     "__main__": "cli",
 }

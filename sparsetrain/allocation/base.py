@@ -36,12 +36,28 @@ class Share:
         """Entries of the whole tensor."""
         return math.prod(self.shape)
 
+    @classmethod
+    def without_scores(cls, name: str, pattern: Pattern, shape: Sequence[int]) -> Share:
+        """A share that is a shape alone, for `Allocation.validate`; asking for its scores raises `RecipeError`.
+
+        Example: ``Share.without_scores("fc1.weight", Unstructured(), (300, 784))``.
+        """
+
+        def scores() -> Tensor:
+            raise RecipeError(
+                f"{name} has no scores here, and the allocation asks for them; use one that goes by shapes, as 'erk'"
+            )
+
+        return cls(name, pattern, tuple(shape), scores, scores)
+
 
 class Allocation(ABC):
     """How much where. A subclass needs ``__call__``; results are exact fractions, so that counts add up exactly."""
 
     #: Tensors share one budget, so that one of them may well lose nothing; False where each goes its own way.
     pooled: ClassVar[bool] = True
+    #: Shapes alone decide, scores are not looked at: `validate` can try it before anything is trained.
+    by_shape: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, shares: Sequence[Share], sparsity: Sparsity, reduce: Reduce | None = None) -> dict[str, Fraction]:
@@ -54,3 +70,10 @@ class Allocation(ABC):
                 f"{name}: pattern {pattern} always has sparsity {float(pattern.sparsity):g}, {type(self).__name__} cannot "
                 "decide it; use allocation 'uniform', or pattern 'unstructured'"
             )
+
+    def validate(self, shares: Sequence[Share], sparsity: Sparsity) -> None:
+        """Raise `RecipeError` or `PatternError` if these tensors cannot take part or cannot reach this; looks at no scores."""
+        for share in shares:
+            self.check(share.pattern, share.name)
+        if self.by_shape:
+            self(shares, sparsity)

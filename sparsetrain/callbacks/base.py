@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -34,6 +35,8 @@ class SparsityCallback(Callback):
 
     manager: MaskManager | None = None
     verification: Verification | None = None
+    #: Called with the trainer once, right before the first weight is pruned, by methods that have a dense phase.
+    before_first_change: Callable[[Trainer], None] | None = None
 
     _state: dict[str, Any] | None = None
     _seen = 0

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from sparsetrain.errors import DivergedError, RecipeError
-
-
-@contextmanager
-def written(target: Path) -> Iterator[Path]:
-    """Write a file whole or not at all: gives a temporary file beside it that is renamed when the block ends.
-
-    Raises `RecipeError` when the disk refuses, saying whether the previous file is intact. Example:
-    ``with written(Path("metrics.json")) as partial: partial.write_text("{}")``.
-    """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(target)
-    except (OSError, RuntimeError) as error:
-        kept = f"the previous {target.name} is intact" if target.is_file() else f"there was no {target.name} before"
-        raise RecipeError(
-            f"{target} could not be written ({error}); {kept}. Free space or choose another --out, then go on with "
-            "--ckpt_path last if there is a checkpoint"
-        ) from error
-    finally:
-        # Under a parent that is no directory there is nothing to remove, and asking raises.
-        if target.parent.is_dir():
-            partial.unlink(missing_ok=True)
+from sparsetrain.callbacks.files import written
+from sparsetrain.errors import DivergedError
 
 
 class AtomicCheckpoints(TorchCheckpointIO):

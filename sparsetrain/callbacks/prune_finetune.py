@@ -18,9 +18,7 @@ already decayed when pruning ends cannot repair the damage; uniform sparsity sta
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -31,8 +29,9 @@ from torch.optim import Optimizer
 from sparsetrain.allocation import Allocation, get_allocation
 from sparsetrain.calibration import known
 from sparsetrain.callbacks.base import SparsityCallback, current_step
+from sparsetrain.callbacks.clock import clock_of
 from sparsetrain.callbacks.recovery import Recovery, Watch
-from sparsetrain.callbacks.statistics import recalibrate, watch_step
+from sparsetrain.callbacks.statistics import recalibrate, require_data, watch_step
 from sparsetrain.criteria import Criterion, StatisticsCriterion, get_criterion
 from sparsetrain.errors import RecipeError
 from sparsetrain.masks import MaskedTensor, MaskManager, Override
@@ -92,8 +91,6 @@ class PruneFinetune(SparsityCallback):
         self.targets = targets or Targets()
         self.overrides = overrides or {}
         self.recovery = recovery
-        #: Called with the trainer once, right before the first weight is pruned.
-        self.before_first_change: Callable[[Trainer], None] | None = None
         self._curves: dict[float, Curve] = {}
         self._done = 0
         self._last = 0
@@ -105,6 +102,8 @@ class PruneFinetune(SparsityCallback):
 
     def create_manager(self, model: nn.Module) -> MaskManager:
         """A manager for the targets, pattern and overrides."""
+        if isinstance(self.criterion, StatisticsCriterion):
+            self.criterion.reset()  # what it knows is of another model
         return MaskManager(model, self.targets, self.pattern, self.overrides)
 
     def validate(self) -> None:
@@ -143,6 +142,7 @@ class PruneFinetune(SparsityCallback):
                 "recovery compares validations with those before the first round: it needs validation data, and a first round "
                 f"after step 0 (it is at step {self._steps[0]}; set schedule.start)"
             )
+        require_data(trainer, self.masks, self.criterion)
         if not resumed:
             self._warn_of_zeros()
             self._done, self._early, self._watch = 0, False, Watch()
@@ -263,15 +263,3 @@ class PruneFinetune(SparsityCallback):
             f"training ended after {self._done} of {len(steps)} changes of the masks, at sparsity {self.masks.sparsity():.4f}; "
             f"the rest was due by step {steps[-1]}. Train longer, or let the schedule end earlier"
         )
-
-
-def clock_of(trainer: Trainer) -> Clock:
-    """The length of a run as far as the trainer knows it; see `current_step` for what a step is."""
-    batches = trainer.num_training_batches
-    if not trainer.lightning_module.automatic_optimization:
-        known = math.isfinite(batches) and trainer.max_epochs not in (None, -1)
-        total = int(batches) * int(trainer.max_epochs or 0) if known else None
-        return Clock(total, int(batches) if math.isfinite(batches) else None)
-    total_steps = trainer.estimated_stepping_batches
-    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else None
-    return Clock(int(total_steps) if math.isfinite(total_steps) and total_steps >= 0 else None, per_epoch)

@@ -6,21 +6,25 @@ logs are as they were.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch import distributed as dist
 from torch.optim import Optimizer
+from torch.utils.data import IterableDataset
+from torchmetrics import Metric
 
-from sparsetrain.calibration import calibrate, known
+from sparsetrain.calibration import calibrate, require_whole, watch
 from sparsetrain.callbacks.exact_resume import capture, restore
-from sparsetrain.criteria import Criterion, Seen, StatisticsCriterion
+from sparsetrain.criteria import Criterion, StatisticsCriterion
 from sparsetrain.errors import DataError, DivergedError, RecipeError
-from sparsetrain.masks import MaskManager, sharding
+from sparsetrain.masks import MaskManager
 
 
 def recalibrate(trainer: Trainer, manager: MaskManager, criterion: Criterion, step: int) -> None:
@@ -39,6 +43,20 @@ def recalibrate(trainer: Trainer, manager: MaskManager, criterion: Criterion, st
         restore(streams)
 
 
+def require_data(trainer: Trainer, manager: MaskManager, criterion: Criterion) -> None:
+    """Raise, before training begins, if a criterion could not see its data in this run.
+
+    `RecipeError` for a sharded model, or for manual optimization where it calibrates (its ``training_step`` would step the
+    optimizers); `DataError` for a loader whose data set cannot be read apart from training.
+    """
+    if not isinstance(criterion, StatisticsCriterion):
+        return
+    require_whole(manager, criterion)
+    if criterion.source == "calibration":
+        _require_automatic(trainer.lightning_module, criterion)
+        training_batches(trainer, 0)
+
+
 def watch_step(trainer: Trainer, manager: MaskManager, criterion: Criterion, optimizer: Optimizer) -> None:
     """Show a criterion that watches training the gradients of this optimizer's step.
 
@@ -46,41 +64,48 @@ def watch_step(trainer: Trainer, manager: MaskManager, criterion: Criterion, opt
     """
     if not isinstance(criterion, StatisticsCriterion) or criterion.source != "training":
         return
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for tensor in manager:
-        parameter = tensor.target.parameter
-        if parameter.grad is None or id(parameter) not in owned:
-            continue
-        gradient = sharding.local(parameter.grad)
-        gradient = gradient.to_dense() if gradient.is_sparse else gradient
-        if not bool(torch.isfinite(gradient).all()):
-            if trainer.scaler is not None:
-                return
-            raise DivergedError(
-                f"the gradient of {tensor.name} is not finite at step {trainer.global_step}: criterion "
-                f"{type(criterion).__name__} cannot score it. Lower the learning rate, or clip gradients"
-            )
-        criterion.observe(Seen(known(tensor), sharding.local(parameter.detach()), gradient))
+    try:
+        watch(manager, criterion, (p for group in optimizer.param_groups for p in group["params"]))
+    except DivergedError as error:
+        if trainer.scaler is None:
+            raise DivergedError(f"step {trainer.global_step}: {error}") from error
+
+
+def _require_automatic(module: LightningModule, criterion: Criterion) -> None:
+    if not module.automatic_optimization:
+        raise RecipeError(
+            f"criterion {type(criterion).__name__} runs training_step to measure, and that of {type(module).__name__} steps "
+            "its optimizers itself (manual optimization); use criterion 'magnitude', or one that watches training ('movement', "
+            "'platon')"
+        )
 
 
 def loss_of(trainer: Trainer, batch: Any) -> Tensor:
     """The loss that a model's ``training_step`` gives for a batch. Raises `RecipeError` if it gives none."""
-    module = trainer.lightning_module
+    module: Any = trainer.lightning_module
+    numbered = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     with trainer.precision_plugin.train_step_context():
-        output = module.training_step(trainer.strategy.batch_to_device(batch), 0)
+        batch = trainer.strategy.batch_to_device(batch)
+        output = module.training_step(batch, 0) if numbered else module.training_step(batch)
     loss = output.get("loss") if isinstance(output, dict) else output
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise RecipeError(
             f"{type(module).__name__}.training_step returns {type(output).__name__}: a criterion that needs data needs a loss, "
-            "a tensor or a dict with 'loss'; use criterion 'magnitude' with manual optimization"
+            "a tensor or a dict with 'loss'; use criterion 'magnitude'"
         )
     return loss
 
 
+#: What a torchmetrics Metric remembers beside its states.
+_COUNTS = ("_update_count", "_computed")
+
+
 @contextmanager
 def silenced(module: LightningModule) -> Iterator[None]:
-    """``self.log`` of the module says nothing: what is measured here is no training step."""
+    """``self.log`` of the module says nothing, and its metrics count nothing: what is measured here is no training step."""
     names = ("log", "log_dict")
+    metrics = [m for m in module.modules() if isinstance(m, Metric)]
+    states = [copy.deepcopy({key: getattr(m, key) for key in (*m._defaults, *_COUNTS)}) for m in metrics]
     try:
         for name in names:
             object.__setattr__(module, name, lambda *args, **kwargs: None)
@@ -88,6 +113,9 @@ def silenced(module: LightningModule) -> Iterator[None]:
     finally:
         for name in names:
             object.__delattr__(module, name)
+        for metric, state in zip(metrics, states, strict=True):
+            for key, value in state.items():
+                setattr(metric, key, value)
 
 
 def training_batches(trainer: Trainer, seed: int) -> Iterable[Any]:
@@ -97,7 +125,9 @@ def training_batches(trainer: Trainer, seed: int) -> Iterable[Any]:
     """
     loader = trainer.train_dataloader
     dataset, size = getattr(loader, "dataset", None), getattr(loader, "batch_size", None)
-    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and isinstance(size, int)):
+    # A stream has a __getitem__ too, which it inherits and which raises.
+    reads = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+    if not (reads and isinstance(size, int)):
         raise DataError(
             f"a criterion that needs data reads some training batches apart from training, which {type(loader).__name__} does "
             "not allow: it needs a dataset with __getitem__ and __len__ and a batch_size. Use criterion 'magnitude', or one "

@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
+from sparsetrain.criteria.activation import ActivationMean, APoZ
 from sparsetrain.criteria.base import Criterion, Known, Seen, StatisticsCriterion
+from sparsetrain.criteria.gradient import SNIP, Fisher, Gradient, Taylor
+from sparsetrain.criteria.lookahead import Lookahead
 from sparsetrain.criteria.magnitude import Magnitude, magnitude
+from sparsetrain.criteria.movement import Movement
+from sparsetrain.criteria.obs import OBS
+from sparsetrain.criteria.platon import PLATON
 from sparsetrain.criteria.random import Random, random_scores
 from sparsetrain.errors import RecipeError, nearest
 
 __all__ = [
     "NAMES",
+    "OBS",
+    "PLATON",
+    "SNIP",
+    "APoZ",
+    "ActivationMean",
     "Criterion",
+    "Fisher",
+    "Gradient",
     "Known",
+    "Lookahead",
     "Magnitude",
+    "Movement",
     "Random",
     "Seen",
     "StatisticsCriterion",
+    "Taylor",
     "get_criterion",
     "magnitude",
     "random_scores",
 ]
 
-NAMES: dict[str, type[Criterion]] = {"magnitude": Magnitude, "random": Random}
+NAMES: dict[str, type[Criterion]] = {
+    "magnitude": Magnitude,
+    "random": Random,
+    "gradient": Gradient,
+    "snip": SNIP,
+    "taylor": Taylor,
+    "fisher": Fisher,
+    "obs": OBS,
+    "movement": Movement,
+    "platon": PLATON,
+    "activation": ActivationMean,
+    "apoz": APoZ,
+    "lookahead": Lookahead,
+}
 
 
 def get_criterion(criterion: Criterion | str) -> Criterion:

@@ -27,7 +27,8 @@ class Criterion(ABC):
     """Scores each weight of a tensor; higher = more important. A subclass needs `score`.
 
     ``elementwise``: the score of a weight depends on that weight alone (and on its own statistics), so a shard of the tensor
-    can be scored by itself. Set it to False where it does not, and the whole tensor is given.
+    can be scored by itself. Set it to False where it does not: the whole tensor is given, and all tensors are scored before
+    the first of them is pruned.
     """
 
     elementwise: ClassVar[bool] = True
@@ -62,6 +63,19 @@ class Known:
     pattern: Pattern
     transposed: bool = False
 
+    @classmethod
+    def of(cls, masked: Any) -> Known:
+        """What there is to know of a `MaskedTensor` (criteria do not know masks; its attributes are all this takes)."""
+        target = masked.target
+        return cls(masked.name, target.module, target.attribute, masked.pattern, target.layout.transposed)
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter as it is now (sharding and ``.to()`` replace parameters)."""
+        parameter = self.module._parameters[self.attribute]
+        assert parameter is not None
+        return parameter
+
     def view(self, tensor: Tensor) -> Tensor:
         """A tensor as stored, seen with outputs first; its own inverse."""
         return tensor.transpose(0, 1) if self.transposed else tensor
@@ -80,6 +94,11 @@ class Seen:
     output: Tensor | None = None
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: sums and squares of half-precision numbers need it."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class StatisticsCriterion(Criterion):
     """A criterion on accumulated statistics. A subclass needs `observe`, `score`, and says what it looks at.
 
@@ -87,7 +106,7 @@ class StatisticsCriterion(Criterion):
         batches: how many batches are streamed when it calibrates (`source` "calibration"), at least 1.
 
     ``needs``: ``"gradient"`` of the weight, or ``"output"`` of its layer. ``per_sample``: batches are cut into samples.
-    ``additive``: memory holds sums, which may be added over ranks.
+    ``additive``: memory holds sums, which may be added over ranks. Memory is one dictionary of tensors for each tensor scored.
     """
 
     source: ClassVar[Literal["weights", "calibration", "training"]] = "calibration"
@@ -104,6 +123,9 @@ class StatisticsCriterion(Criterion):
     @abstractmethod
     def observe(self, seen: Seen) -> None:
         """Take in one tensor of one batch; keeps no reference to what it is given."""
+
+    def finish(self) -> None:
+        """All data has been seen; what is still on its way into memory goes there now."""
 
     def reset(self) -> None:
         """Forget everything, before a new calibration."""
@@ -122,12 +144,17 @@ class StatisticsCriterion(Criterion):
         """The statistics of a tensor; raises `RecipeError` if it has seen none."""
         if name not in self.memory:
             way = (
-                "prune after the first training steps (schedule.start), it watches them"
+                "it watches training, so prune after the first steps (schedule.start in a callback); in a loop of your own "
+                "call calibration.watch(manager, criterion) before every optimizer step"
                 if self.source == "training"
-                else "call sparsetrain.calibrate(manager, criterion, batches, loss) first; the callbacks do so by themselves"
+                else "call calibration.calibrate(manager, criterion, batches, loss) first; the callbacks do so by themselves"
             )
             raise RecipeError(f"criterion {type(self).__name__} scores {name} from data and has seen none: {way}")
         return self.memory[name]
+
+    def beside(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        """The statistics there are of a tensor, on its weight's device: what was loaded from a checkpoint is elsewhere."""
+        return {key: value.to(weight.device) for key, value in self.memory.get(name, {}).items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics, as plain tensors: what an exact resume needs of a criterion that watches training."""

@@ -46,6 +46,7 @@ class VisionData(ResumableDataModule):
         seed: of the choice of validation samples and of the shuffling.
         normalize: "unit" for pixels / 255, "standardize" for zero mean and unit deviation per channel over the training set.
         image_size: resize to this height and width (bilinear, antialiased); needed when the images differ in size.
+        monitor_test: validate on the test set too, as a second loader (to report, not to choose by); needs both sets.
 
     Raises:
         DataError: from the constructor for a bad argument; from ``setup`` when the data are missing, empty, corrupt, or when
@@ -63,6 +64,7 @@ class VisionData(ResumableDataModule):
         seed: int = 0,
         normalize: Literal["unit", "standardize"] = "unit",
         image_size: int | None = None,
+        monitor_test: bool = False,
     ) -> None:
         super().__init__()
         if validation < 0 or (isinstance(validation, float) and validation >= 1):
@@ -73,6 +75,8 @@ class VisionData(ResumableDataModule):
             raise DataError(
                 f"batch_size={batch_size}, seed={seed}, image_size={image_size}: sizes must be at least 1, seed at least 0"
             )
+        if monitor_test and not validation:
+            raise DataError("monitor_test needs a validation set beside the test set; set validation, such as 0.1")
         self.source = name
         self.root = root
         self.batch_size = batch_size
@@ -80,6 +84,7 @@ class VisionData(ResumableDataModule):
         self.seed = seed
         self.normalize = normalize
         self.image_size = image_size
+        self.monitor_test = monitor_test
         self.train_set: TensorSet | None = None
         self.val_set: TensorSet | None = None
         self.test_set: TensorSet | None = None
@@ -124,8 +129,15 @@ class VisionData(ResumableDataModule):
         return self.loader(self._ready(self.train_set), self.batch_size, self.seed, train=True)
 
     def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
-        """Return the validation batches in order, or no loader when ``validation=0``."""
-        return [] if self.val_set is None else self.loader(self.val_set, self.batch_size)
+        """Return the validation batches in order (then the test batches, with ``monitor_test``), none when ``validation=0``."""
+        if self.val_set is None:
+            return []
+        validation = self.loader(self.val_set, self.batch_size)
+        if not self.monitor_test:
+            return validation
+        if self.test_set is None:
+            raise DataError(f"monitor_test: {self.source!r} has no test set; set monitor_test to false")
+        return [validation, self.loader(self.test_set, self.batch_size)]
 
     def test_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
         """Return the test batches in order, or no loader when the source has no test split."""

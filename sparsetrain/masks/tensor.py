@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -43,13 +44,17 @@ class MaskChange:
 
 @dataclass
 class MaskedTensor:
-    """One tensor under the manager. ``mask`` is this rank's part in stored layout, None while the tensor is dense."""
+    """One tensor under the manager. ``mask`` is this rank's part in stored layout, None while the tensor is dense.
+
+    ``tap`` is shown every gradient (this rank's part) right before that of pruned entries is erased; see `erases_gradient`.
+    """
 
     target: Target
     pattern: Pattern
     goal: float | None = None
     sparsity: Fraction = Fraction(0)
     mask: Tensor | None = None
+    tap: Callable[[Tensor], None] | None = field(default=None, repr=False)
     _bound: nn.Parameter | None = field(default=None, repr=False)
     _handle: RemovableHandle | None = field(default=None, repr=False)
 
@@ -76,7 +81,7 @@ class MaskedTensor:
                 # A frozen parameter takes no hook, but keeps one: it may be thawed later.
                 trainable = parameter.requires_grad
                 parameter.requires_grad_(True)
-                self._handle = parameter.register_post_accumulate_grad_hook(self.mask_gradient)  # type: ignore[no-untyped-call]
+                self._handle = parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
                 parameter.requires_grad_(trainable)
         return parameter
 
@@ -85,6 +90,17 @@ class MaskedTensor:
         if self._handle is not None:
             self._handle.remove()
         self._handle = self._bound = None
+
+    @property
+    def erases_gradient(self) -> bool:
+        """Whether the gradient of pruned entries is erased as soon as it exists, and ``tap`` shown it before."""
+        return self._handle is not None
+
+    @torch.no_grad()
+    def _on_gradient(self, parameter: Tensor) -> None:
+        if self.tap is not None and parameter.grad is not None:
+            self.tap(sharding.local(parameter.grad))
+        self.mask_gradient(parameter)
 
     @torch.no_grad()
     def mask_gradient(self, parameter: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from sparsetrain.callbacks.checkpoints import written
+from sparsetrain.callbacks.files import written
 from sparsetrain.errors import RecipeError
 from sparsetrain.recipe.build import check_weights, read_weights
 from sparsetrain.recipe.schema import parse_yaml, read_yaml

@@ -23,8 +23,9 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
-from sparsetrain.callbacks import PruneFinetune, SparsityCallback
-from sparsetrain.callbacks.checkpoints import AtomicCheckpoints, StopOnDivergence, written
+from sparsetrain.callbacks import SparsityCallback
+from sparsetrain.callbacks.checkpoints import AtomicCheckpoints, StopOnDivergence
+from sparsetrain.callbacks.files import written
 from sparsetrain.callbacks.progress import EpochLines
 from sparsetrain.errors import DivergedError, RecipeError
 from sparsetrain.masks import save_masks
@@ -111,7 +112,7 @@ def _train(config: Namespace, built: Built, out: Path, text: str, resume: Path |
     history = History(out / "history.jsonl", resume_step=step if resume is not None else None)
     trainer = make_trainer(config, built, out, history, text)
     method = built.method
-    if isinstance(method, PruneFinetune):
+    if method is not None:
         method.before_first_change = lambda t: _save_dense(t, method, out)
     if 0 in (trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches):
         raise RecipeError(

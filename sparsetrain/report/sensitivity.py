@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -84,9 +85,9 @@ def plot_scan(scan: Mapping[str, Any], path: Path, title: str = "") -> Path:
             _draw_heat(axes, names, sparsities, values, norm)
             axes.set_title(heads[kind], loc="left", fontsize=10, color=INK)
         panes[-1].set_xlabel("sparsity of this tensor alone")
-        baseline = f"loss {number(float(scan['baseline']['loss']))} unpruned"
+        baseline = f"over {number(float(scan['baseline']['loss']))} unpruned"
         where = f" ({scan['evaluated_on']})" if scan.get("evaluated_on") else ""
-        drawn.suptitle(f"{title + ': ' if title else ''}loss increase, {baseline}{where}", fontsize=11, color=INK)
+        drawn.suptitle(f"{title + ': ' if title else ''}loss increase {baseline}{where}", fontsize=11, color=INK)
         path.parent.mkdir(parents=True, exist_ok=True)
         drawn.savefig(path, dpi=150)
     return path
@@ -96,12 +97,13 @@ def _draw_heat(
     axes: Axes, names: Sequence[str], sparsities: Sequence[float], values: Mapping[tuple[str, float], float], norm: LogNorm
 ) -> None:
     table = np.array([[values.get((name, s), math.nan) for s in sparsities] for name in names])
-    shown = np.where(np.isposinf(table), norm.vmax, np.clip(table, norm.vmin, norm.vmax))
+    low, high = float(norm.vmin or 0), float(norm.vmax or 1)
+    shown = np.clip(np.nan_to_num(table, nan=low, posinf=high), low, high)
     axes.imshow(shown, cmap=_HEAT, norm=norm, aspect="auto")
-    for i, j in np.ndindex(*table.shape):
+    for i, j in itertools.product(range(len(names)), range(len(sparsities))):
         value = float(table[i, j])
         if not math.isnan(value):
-            dark = norm(shown[i, j]) > 0.6
+            dark = norm(float(shown[i, j])) > 0.6
             axes.text(j, i, _cell(value), ha="center", va="center", fontsize=9, color="white" if dark else INK)
         else:
             axes.text(j, i, "–", ha="center", va="center", fontsize=9, color=GREY)
@@ -138,8 +140,8 @@ def scan_tables(scan: Mapping[str, Any]) -> list[Table]:
             table.add_column(head, justify="left" if head == "tensor" else "right", overflow="fold")
         labels = shorter([row["name"] for row in scan["parameters"]])
         for name, row in zip(labels, scan["parameters"], strict=True):
-            shown = ["–" if math.isnan(row[key]) else f"{row[key]:.3f}" for key in ("first_order", "second_order")]
-            table.add_row(name, str(row["count"]), f"{row['derivative_error']:.1e}", *shown)
+            orders = ["–" if math.isnan(row[key]) else f"{row[key]:.3f}" for key in ("first_order", "second_order")]
+            table.add_row(name, str(row["count"]), f"{row['derivative_error']:.1e}", *orders)
         note = "error: finite differences against autodiff, float64; ρ: Spearman, loss change of removal against Taylor"
         table.caption, table.caption_justify = Text(note, style="dim"), "left"
         tables.append(table)
@@ -167,16 +169,13 @@ def plot_prediction(found: Mapping[str, Any], path: Path, title: str = "") -> Pa
                 linewidths=0,
                 label=f"{name} ({len(points)})",
             )
-        named = [point for point in found["points"] if point["group"] not in groups]
-        for point in named:
+        marks = iter("Ds^vPX")
+        for point in (p for p in found["points"] if p["group"] not in groups):
             best = point["group"] == "found"
-            color = VERMILLION if best else INK
-            axes.scatter(
-                point["predicted"], point["loss"], s=120 if best else 46, c=color, marker="*" if best else "D", zorder=3
+            style: dict[str, Any] = (
+                {"c": VERMILLION, "marker": "*", "s": 150} if best else {"c": INK, "marker": next(marks), "s": 42}
             )
-            axes.annotate(
-                point["group"], (point["predicted"], point["loss"]), (7, 5), textcoords="offset points", fontsize=9, color=color
-            )
+            axes.scatter(point["predicted"], point["loss"], label=point["group"], zorder=3, linewidths=0, **style)
         values = [v for point in found["points"] for v in (point["predicted"], point["loss"])]
         low, high = min(values), max(values)
         if low > 0 and high / low > 8:
@@ -186,11 +185,10 @@ def plot_prediction(found: Mapping[str, Any], path: Path, title: str = "") -> Pa
         axes.set_xlabel("predicted loss")
         axes.set_ylabel(f"measured loss ({found['evaluated_on']})")
         axes.spines["right"].set_visible(False)
-        axes.legend(loc="upper left", handletextpad=0.3)
-        correlation = found["rank_correlation"]
+        axes.legend(loc="lower right", handletextpad=0.3)
+        correlation = _correlation(found)
         axes.set_title(
-            f"{title + ': ' if title else ''}{percent(found['sparsity'])} sparse, "
-            f"held-out rank correlation {number(round(correlation, 3))}",
+            f"{title + ': ' if title else ''}{percent(found['sparsity'])} sparse, held-out rank correlation {correlation}",
             loc="left",
             fontsize=11,
             color=INK,
@@ -198,6 +196,11 @@ def plot_prediction(found: Mapping[str, Any], path: Path, title: str = "") -> Pa
         path.parent.mkdir(parents=True, exist_ok=True)
         drawn.savefig(path, dpi=150)
     return path
+
+
+def _correlation(found: Mapping[str, Any]) -> str:
+    value = found["rank_correlation"]
+    return "–" if value is None else f"{value:.3f}".replace("-", "−")
 
 
 def prediction_table(found: Mapping[str, Any]) -> Table:
@@ -220,7 +223,7 @@ def prediction_table(found: Mapping[str, Any]) -> Table:
         table.add_row(point["group"], number(point["predicted"]), number(point["loss"]), *cells, *shares, style=style)
     table.caption_justify = "left"
     table.caption = Text(
-        f"{found['model']} on {found['fitted']} measured allocations; Spearman {found['rank_correlation']:.3f} on "
+        f"{found['model']} on {found['fitted']} measured allocations; Spearman {_correlation(found)} on "
         f"{found['held_out']} held out; {found['evaluated_on']}",
         style="dim",
     )

@@ -91,9 +91,12 @@ class Classification(pl.LightningModule):
             self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=True, on_epoch=False)
         return loss
 
-    def validation_step(self, batch: _Batch, batch_idx: int) -> None:
-        """Log "val/loss" and "val/accuracy"."""
-        self._evaluate(batch, "val", self.val_accuracy)
+    def validation_step(self, batch: _Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log "val/loss" and "val/accuracy"; for a second loader (``VisionData(monitor_test=True)``) the same of "test"."""
+        if dataloader_idx == 0:
+            self._evaluate(batch, "val", self.val_accuracy)
+        else:
+            self._evaluate(batch, "test", self.test_accuracy)
 
     def test_step(self, batch: _Batch, batch_idx: int) -> None:
         """Log "test/loss" and "test/accuracy"."""
@@ -103,8 +106,9 @@ class Classification(pl.LightningModule):
         inputs, labels = batch
         logits = self.network(inputs)
         accuracy.update(logits, labels)
-        self.log(f"{stage}/loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
-        self.log(f"{stage}/accuracy", accuracy, prog_bar=True, batch_size=len(labels))
+        loss = F.cross_entropy(logits, labels)
+        self.log(f"{stage}/loss", loss, batch_size=len(labels), sync_dist=True, add_dataloader_idx=False)
+        self.log(f"{stage}/accuracy", accuracy, prog_bar=True, batch_size=len(labels), add_dataloader_idx=False)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer and its schedule."""

@@ -10,7 +10,7 @@ import pytest
 from sparsetrain import cli
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("run", "plan", "verify", "report", "list", "record")
+COMMANDS = ("run", "plan", "verify", "report", "list", "record", "sensitivity", "predict")
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

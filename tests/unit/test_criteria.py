@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsetrain.criteria import NAMES, Criterion, Magnitude, Random, get_criterion, magnitude, random_scores
+from sparsetrain.calibration import calibrate
+from sparsetrain.criteria import (
+    NAMES,
+    Criterion,
+    Known,
+    Magnitude,
+    Random,
+    StatisticsCriterion,
+    get_criterion,
+    magnitude,
+    random_scores,
+)
 from sparsetrain.errors import RecipeError
 from sparsetrain.masks import MaskManager
 from sparsetrain.pruning import prune
@@ -21,6 +33,45 @@ def test_magnitude_is_the_absolute_value_and_leaves_the_weight_alone() -> None:
     assert not scores.requires_grad
     scores.zero_()
     assert weight.tolist() == [[-2.0, 1.0], [0.0, -torch.inf]]
+
+
+def test_the_norm_of_magnitude_ranks_units_and_leaves_the_order_of_weights() -> None:
+    model = nn.Linear(2, 2, bias=False)
+
+    def pruned(norm: Any, pattern: str) -> list[list[float]]:
+        with torch.no_grad():
+            model.weight.copy_(torch.tensor([[4.0, 0.0], [-3.0, 2.0]]))  # l1: 4 and 5, l2: 16 and 13
+        prune(MaskManager(model, pattern=pattern), 0.5, criterion=Magnitude(norm=norm))
+        found: list[list[float]] = model.weight.tolist()
+        return found
+
+    assert pruned("l1", "neurons") == [[0.0, 0.0], [-3.0, 2.0]]
+    assert pruned("l2", "neurons") == [[4.0, 0.0], [0.0, 0.0]]
+    assert pruned("l1", "unstructured") == pruned("l2", "unstructured") == [[4.0, 0.0], [-3.0, 0.0]]
+    half = torch.tensor([[300.0, 250.0]], dtype=torch.float16)  # whose squares overflow
+    assert Magnitude(norm="l2").score(half).tolist() == [[90000.0, 62500.0]]
+    with pytest.raises(RecipeError, match=r"norm 'l3' is unknown; use 'l1' or 'l2'"):
+        Magnitude(norm="l3")  # type: ignore[arg-type]
+
+
+def test_scores_do_not_touch_what_they_are_made_of() -> None:
+    """Whoever writes into scores (the manager masks them) writes neither into weights nor into statistics."""
+    for name, kind in NAMES.items():
+        model = nn.Linear(3, 2, bias=False)
+        manager, criterion = MaskManager(model, pattern="neurons"), kind()
+        if isinstance(criterion, StatisticsCriterion):
+            batch = torch.tensor([[1.0, 2.0, -3.0]])
+            calibrate(manager, criterion, [batch] * 3, lambda batch, model=model: model(batch).square().sum())
+        else:
+            criterion.prepare(model, [Known.of(t) for t in manager])
+        before = model.weight.detach().clone()
+        first = criterion.score(model.weight.detach(), name="weight", step=0)
+        again = first.clone()
+        assert first.shape == before.shape, name
+        assert not first.requires_grad, name
+        first.fill_(-1.0)
+        assert torch.equal(criterion.score(model.weight.detach(), name="weight", step=0), again), name
+        assert torch.equal(model.weight, before), name
 
 
 def test_random_scores_depend_on_seed_name_and_step_alone() -> None:
@@ -69,7 +120,8 @@ def test_names_and_instances() -> None:
     assert isinstance(get_criterion("random"), Random)
     own = Random(7)
     assert get_criterion(own) is own
-    assert [kind.elementwise for kind in NAMES.values()] == [True, False]
+    assert {name: type(get_criterion(name)) for name in NAMES} == NAMES
+    assert {name for name, kind in NAMES.items() if not kind.elementwise} == {"random", "obs", "lookahead"}
     with pytest.raises(RecipeError, match=r"'magnitud' is unknown.*magnitude, random.*Did you mean 'magnitude'\?"):
         get_criterion("magnitud")
 

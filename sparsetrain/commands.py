@@ -1,0 +1,103 @@
+"""What the command line knows of its commands before any work is done: names, one line each, examples, arguments."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+from sparsetrain.errors import RecipeError
+
+EXAMPLES = {
+    "run": "sparsetrain run recipes/quickstart.yaml --method.sparsity 0.95 --out runs/first",
+    "plan": "sparsetrain plan recipes/quickstart.yaml --method.sparsity 0.98",
+    "verify": "sparsetrain verify runs/first",
+    "report": "sparsetrain report runs/first",
+    "list": "sparsetrain list schedules",
+    "record": "sparsetrain record recipes/experiments/mnist_prune_finetune.yaml --jobs 2",
+    "sensitivity": "sparsetrain sensitivity recipes/quickstart.yaml --units --parameters 64 --out runs/quickstart-sensitivity",
+    "predict": "sparsetrain predict recipes/quickstart.yaml --budget 0.98 --samples 40 --steps 200 --out runs/predicted",
+}
+ABOUT = {
+    "run": "Train a recipe: OUT gets config.yaml, metrics.json, masks.safetensors, checkpoints/ and report.html.",
+    "plan": "Dry-run a recipe against the real model on the meta device: what would be pruned, when, and what cannot work.",
+    "verify": "Check a checkpoint or a run directory: every mask against its pattern and its weights.",
+    "report": "Write report.html of a run directory anew.",
+    "list": "What a recipe can name: criteria, patterns, schedules, allocations, methods, recipes.",
+    "record": "Run an experiment (a recipe over seeds) and write its numbers to recipes/results/.",
+    "sensitivity": "Prune each target alone and measure the loss: which layers can go, as a table, a heat map and a file.",
+    "predict": "Learn from measured allocations which one keeps the most at a budget, and write it for `allocation: fixed`.",
+}
+EXTRA = (
+    "Any key of the recipe can be overridden: --seed 1, --method.sparsity 0.9, --trainer.max_epochs 5, --data.batch_size 64. "
+    "--print_config prints the resolved recipe; --keys lists every key with its type; --method.help CLASS explains a class."
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose complaints are `RecipeError`."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Raise instead of exiting."""
+        raise RecipeError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def command_parser(command: str, more: str = "") -> Parser:
+    """The parser of a command, with its example. Example: ``command_parser("verify").add_argument("path")``."""
+    return Parser(
+        prog=f"sparsetrain {command}",
+        description=ABOUT[command],
+        epilog=f"{more}\n\nexample:\n  {EXAMPLES[command]}".strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def recipe_arguments(
+    command: str, arguments: list[str], out: str, add: Callable[[Parser], object] = lambda parser: None
+) -> tuple[argparse.Namespace, list[str]]:
+    """A recipe, ``--out``, ``--keys``, what ``add`` adds, and the overrides that are left.
+
+    Example: ``recipe_arguments("plan", ["recipe.yaml", "--seed", "1"], "none without it")``.
+    """
+    parser = command_parser(command, textwrap.fill(EXTRA, 100))
+    parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.yaml")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"where files go ({out})")
+    add(parser)
+    parser.add_argument("--keys", action="store_true", help="list every key of a recipe")
+    known, overrides = parser.parse_known_args(arguments)
+    if known.keys:
+        return known, overrides
+    if known.recipe is None or not arguments or arguments[0].startswith("-"):
+        parser.error("the recipe comes first, options after it")
+    elif overrides and not overrides[0].startswith("-"):
+        parser.error(f"unexpected argument {overrides[0]!r}: overrides are written --key value")
+    return known, overrides
+
+
+def measuring_arguments(parser: Parser) -> None:
+    """What commands take that measure a trained model."""
+    parser.add_argument("--batches", type=int, metavar="N", help="measure on the first N batches only")
+
+
+def sensitivity_arguments(parser: Parser) -> None:
+    """Those of ``sensitivity``."""
+    measuring_arguments(parser)
+    parser.add_argument("--units", action="store_true", help="prune whole neurons and filters of each tensor too")
+    parser.add_argument(
+        "--parameters", type=int, default=0, metavar="N", help="compare N single weights of each tensor with their derivatives"
+    )
+
+
+def predict_arguments(parser: Parser) -> None:
+    """Those of ``predict``."""
+    measuring_arguments(parser)
+    parser.add_argument("--budget", type=float, metavar="S", help="sparsity over all targets (the method's, if not given)")
+    parser.add_argument("--samples", type=int, default=40, metavar="N", help="allocations that are measured to learn from (40)")
+    parser.add_argument("--steps", type=int, default=200, metavar="N", help="recovery training of each, in steps (200)")
+
+
+def run_arguments(parser: Parser) -> None:
+    """Those of ``run``."""
+    parser.add_argument("--ckpt_path", metavar="CKPT", help="go on from a checkpoint, or from this run's own: last")
