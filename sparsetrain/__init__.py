@@ -16,6 +16,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sparsetrain.allocation import Allocation
+from sparsetrain.calibration import calibrate, watch
 from sparsetrain.criteria import Criterion, Magnitude, Random
 from sparsetrain.errors import SparsetrainError
 from sparsetrain.masks import MaskManager, Override, load_masks
@@ -25,32 +27,62 @@ from sparsetrain.schedules import Cosine, Cubic, Exponential, Linear, OneShot, P
 from sparsetrain.targets import Targets
 
 if TYPE_CHECKING:
-    from sparsetrain.callbacks import KeepMasks, PruneFinetune, Recovery, SparsityCallback
+    from sparsetrain.callbacks import (
+        Control,
+        DepthPruning,
+        DynamicSparse,
+        KeepMasks,
+        Lost,
+        LotteryTickets,
+        NMTraining,
+        PruneFinetune,
+        Recovery,
+        Rewind,
+        SparsityCallback,
+        TicketRounds,
+        Update,
+    )
     from sparsetrain.data import VisionData
     from sparsetrain.tasks import Classification
 
 #: Names that need Lightning, imported when they are first asked for: plain PyTorch users do not wait for it.
 _LIGHTNING = {
     "Classification": "tasks",
+    "Control": "callbacks",
+    "DepthPruning": "callbacks",
+    "DynamicSparse": "callbacks",
     "KeepMasks": "callbacks",
+    "LotteryTickets": "callbacks",
+    "Lost": "callbacks",
+    "NMTraining": "callbacks",
     "PruneFinetune": "callbacks",
     "Recovery": "callbacks",
+    "Rewind": "callbacks",
     "SparsityCallback": "callbacks",
+    "TicketRounds": "callbacks",
+    "Update": "callbacks",
     "VisionData": "data",
 }
 
 __all__ = [
     "NM",
+    "Allocation",
     "Block",
     "Classification",
+    "Control",
     "Cosine",
     "Criterion",
     "Cubic",
+    "DepthPruning",
+    "DynamicSparse",
     "Exponential",
     "KeepMasks",
     "Linear",
+    "Lost",
+    "LotteryTickets",
     "Magnitude",
     "MaskManager",
+    "NMTraining",
     "OneShot",
     "Override",
     "Pattern",
@@ -58,16 +90,21 @@ __all__ = [
     "PruneFinetune",
     "Random",
     "Recovery",
+    "Rewind",
     "Rounds",
     "Schedule",
     "Slices",
     "SparsetrainError",
     "SparsityCallback",
     "Targets",
+    "TicketRounds",
     "Unstructured",
+    "Update",
     "VisionData",
+    "calibrate",
     "load_masks",
     "prune",
+    "watch",
 ]
 
 

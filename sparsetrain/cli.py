@@ -17,6 +17,7 @@ from sparsetrain import callbacks as methods
 from sparsetrain.commands import (
     ABOUT,
     EXAMPLES,
+    barrier_arguments,
     command_parser,
     predict_arguments,
     recipe_arguments,
@@ -61,6 +62,7 @@ def _dispatch(arguments: list[str]) -> int:
         "record": _record,
         "sensitivity": _sensitivity,
         "predict": _predict,
+        "barrier": _barrier,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
@@ -237,8 +239,18 @@ def _predict(arguments: list[str]) -> int:
     return 0
 
 
+def _barrier(arguments: list[str]) -> int:
+    parser = command_parser("barrier")
+    barrier_arguments(parser)
+    known = parser.parse_args(arguments)
+    from sparsetrain.recipe.connectivity import between
+
+    between(known.run_a, known.run_b, known.out, known.points)
+    return 0
+
+
 def _first_line(item: object) -> str:
-    return (item.__doc__ or "").strip().splitlines()[0].replace("``", "")
+    return (item.__doc__ or "").strip().splitlines()[0].replace("``", "").split(" Example:")[0]
 
 
 def _recipes() -> dict[str, str]:

@@ -17,6 +17,7 @@ EXAMPLES = {
     "list": "sparsetrain list schedules",
     "record": "sparsetrain record recipes/experiments/mnist_prune_finetune.yaml --jobs 2",
     "sensitivity": "sparsetrain sensitivity recipes/quickstart.yaml --units --parameters 64 --out runs/quickstart-sensitivity",
+    "barrier": "sparsetrain barrier runs/seed0 runs/seed1 --out runs/barrier",
     "predict": "sparsetrain predict recipes/quickstart.yaml --budget 0.98 --samples 40 --steps 200 --out runs/predicted",
 }
 ABOUT = {
@@ -27,6 +28,7 @@ ABOUT = {
     "list": "What a recipe can name: criteria, patterns, schedules, allocations, methods, recipes.",
     "record": "Run an experiment (a recipe over seeds) and write its numbers to recipes/results/.",
     "sensitivity": "Prune each target alone and measure the loss: which layers can go, as a table, a heat map and a file.",
+    "barrier": "Walk the straight line between the weights of two runs: is there a hill of error between them?",
     "predict": "Learn from measured allocations which one keeps the most at a budget, and write it for `allocation: fixed`.",
 }
 EXTRA = (
@@ -101,3 +103,11 @@ def predict_arguments(parser: Parser) -> None:
 def run_arguments(parser: Parser) -> None:
     """Those of ``run``."""
     parser.add_argument("--ckpt_path", metavar="CKPT", help="go on from a checkpoint, or from this run's own: last")
+
+
+def barrier_arguments(parser: Parser) -> None:
+    """Those of ``barrier``."""
+    for name in ("run_a", "run_b"):
+        parser.add_argument(name, type=Path, metavar=name.upper(), help="a directory that `sparsetrain run` wrote")
+    parser.add_argument("--points", type=int, default=11, metavar="N", help="points on the line, both ends included (11)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where barrier.json and barrier.png go (none without it)")

@@ -26,7 +26,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
-from sparsetrain.allocation import Allocation, get_allocation
+from sparsetrain.allocation import Allocation, Share, get_allocation
 from sparsetrain.calibration import known
 from sparsetrain.callbacks.base import SparsityCallback, current_step
 from sparsetrain.callbacks.clock import clock_of
@@ -112,6 +112,9 @@ class PruneFinetune(SparsityCallback):
         for tensor in self.masks:
             if tensor.goal is None:
                 self.allocation.check(tensor.pattern, tensor.name)
+        shared = [Share.without_scores(t.name, t.pattern, t.target.view_shape) for t in self.masks if t.goal is None]
+        if shared and self.sparsity:
+            self.allocation.validate(shared, self.sparsity)
         self.criterion.prepare(self.masks.model, [known(t) for t in self.masks])
 
     @property

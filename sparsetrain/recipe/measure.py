@@ -23,7 +23,7 @@ from sparsetrain.criteria import get_criterion
 from sparsetrain.errors import DataError, RecipeError
 from sparsetrain.masks import MaskedTensor, MaskManager
 from sparsetrain.recipe.build import as_recipe_error, build, require_lightning, start_from
-from sparsetrain.recipe.run import _twin
+from sparsetrain.recipe.run import dense_twin
 from sparsetrain.recipe.schema import load_recipe
 
 
@@ -70,7 +70,7 @@ class Bench:
         check(self)
         self.stage, self.evaluated_on = self._stage()
         if self.weights is None:
-            _twin(recipe, overrides, out)
+            dense_twin(recipe, overrides, out)
             self.weights = str(out / "dense")
             start_from(out / "dense", self.model, self.method)
         self.trainer = self._trainer()

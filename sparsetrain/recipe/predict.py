@@ -29,7 +29,7 @@ from sparsetrain.predictor import AccuracyPredictor, Layers, sample, search
 from sparsetrain.pruning import prune
 from sparsetrain.recipe.measure import Bench, saved_weights
 from sparsetrain.recipe.quiet import quiet
-from sparsetrain.recipe.run import _as_recipe_errors
+from sparsetrain.recipe.run import lightning_as_recipe_errors
 from sparsetrain.recipe.schema import recipe_parser
 from sparsetrain.report.sensitivity import plot_prediction
 
@@ -107,7 +107,7 @@ class Measurements:
         manager = bench.method.create_manager(bench.model)
         prune(manager, criterion=getattr(bench.method, "criterion", "magnitude"), own=layers)
         if self.steps:
-            with _as_recipe_errors():
+            with lightning_as_recipe_errors():
                 bench.recovery_trainer(self.steps, _Recovery(manager)).fit(bench.model, datamodule=bench.data)
         manager.verify(strict=True)
         metrics = bench.evaluate()

@@ -23,7 +23,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
-from sparsetrain.callbacks import SparsityCallback
+from sparsetrain.callbacks import DepthPruning, SparsityCallback
 from sparsetrain.callbacks.checkpoints import AtomicCheckpoints, StopOnDivergence
 from sparsetrain.callbacks.files import written
 from sparsetrain.callbacks.progress import EpochLines
@@ -84,11 +84,14 @@ def run(
             seconds = {"total": round(time.monotonic() - began, 2)}
             raise _diverged(out, record | {"seconds": seconds}, error) from error
         fitted = time.monotonic()
-        twin = _twin(recipe, overrides, out) if config.dense_twin and config.method is not None else None
+        twin = dense_twin(recipe, overrides, out) if config.dense_twin and config.method is not None else None
         dense_file = out / "checkpoints" / "dense.ckpt"
         metrics = record | evaluate(config, model, built.data, built.method, dense_file, twin)
         metrics |= sparsity(built.method, model)
         metrics["method"] = {} if built.method is None else built.method.facts()
+        for callback in built.callbacks:
+            if isinstance(callback, DepthPruning):
+                metrics["method"] |= {"removed": callback.removed}
         metrics["flops"] = flops(model, built.method.manager if built.method else None, built.data)
         metrics["seconds"] = {"total": round(time.monotonic() - began, 2), "fit": round(fitted - began, 2)}
     masks = None if built.method is None else built.method.masks.saved()
@@ -119,7 +122,7 @@ def _train(config: Namespace, built: Built, out: Path, text: str, resume: Path |
             f"nothing would be trained: trainer.max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
             f"limit_train_batches={config.trainer.limit_train_batches}; give all of them more than 0"
         )
-    with _as_recipe_errors():
+    with lightning_as_recipe_errors():
         trainer.fit(
             require_lightning(built.model),
             datamodule=built.data,
@@ -130,7 +133,7 @@ def _train(config: Namespace, built: Built, out: Path, text: str, resume: Path |
 
 
 @contextmanager
-def _as_recipe_errors() -> Iterator[None]:
+def lightning_as_recipe_errors() -> Iterator[None]:
     """Lightning's complaints about options are the recipe's; its exit on Ctrl-C is an interrupt again."""
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)
@@ -188,7 +191,7 @@ def make_trainer(config: Namespace, built: Built, out: Path, history: History, t
         return Trainer(**options, callbacks=callbacks, logger=history, plugins=[AtomicCheckpoints()], default_root_dir=str(out))
 
 
-def _twin(recipe: Path, overrides: Sequence[str], out: Path) -> dict[str, Any]:
+def dense_twin(recipe: Path, overrides: Sequence[str], out: Path) -> dict[str, Any]:
     """The dense twin's metrics; a finished one is not trained again, a broken-off or shorter one goes on."""
     where = out / "dense"
     off = [*overrides, "--method", "null", "--dense_twin", "false"]

@@ -63,7 +63,7 @@ def _facts(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return the strip of large numbers under the verdict: (title, value, remark)."""
     facts = []
     sparsity = metrics.get("sparsity") or {}
-    if sparsity:
+    if sparsity.get("prunable"):
         asked = sparsity.get("asked")
         whole = f"; {wording.percent(sparsity['model'])} of the whole model" if sparsity.get("model") else ""
         remark = (f"asked {wording.percent(asked)}" if asked is not None else "of the prunable weights") + whole

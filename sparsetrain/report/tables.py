@@ -74,12 +74,14 @@ def result_table(metrics: Mapping[str, Any]) -> Table:
             value_text(name, top),
         )
     sparsity = metrics.get("sparsity") or {}
-    if sparsity:
+    if sparsity.get("prunable"):
         asked = f"asked {percent(sparsity['asked'])}" if sparsity.get("asked") is not None else ""
         factor = f"{times(sparsity['compression'])} fewer" if sparsity.get("compression") else ""
         table.add_section()
         add("sparsity", "0 %", percent(sparsity["actual"]), asked, "")
         add("weights kept", number(sparsity["prunable"]), number(sparsity["kept"]), factor, "")
+    if removed := (metrics.get("method") or {}).get("removed"):
+        add("blocks removed", "0", str(len(removed)), "", "")
     if flops := metrics.get("flops"):
         saved = change_text("flops", flops["dense"], flops["sparse"])
         add("FLOPs, zeros skipped", number(flops["dense"]), number(flops["sparse"]), saved, "")

@@ -147,6 +147,8 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     if sparsity.get("actual"):
         fewer = f" ({times(sparsity['compression'])} fewer)" if sparsity.get("compression") else ""
         parts.append(f"{percent(sparsity['actual'])} of the prunable weights removed{fewer}")
+    elif removed := (metrics.get("method") or {}).get("removed"):
+        parts.append(f"{len(removed)} residual blocks removed ({', '.join(removed)})")
     elif sparsity:
         parts.append("no weight removed")
     if cost := main_change(metrics):

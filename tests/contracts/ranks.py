@@ -157,8 +157,15 @@ def cases() -> list[Case]:
                 found.append(Case(model, pattern, criterion="random"))
                 found.append(Case(model, pattern, "uniform" if pattern in by_row else "global", values="normal"))
     found += [Case("linear", pattern, values="double") for pattern in ("unstructured", *blocks)]
+    found += [Case(model, "unstructured", a) for model in ("linear", "conv", "conv1d") for a in ("erk", "lamp")]
+    found += [Case("linear", pattern, "erk") for pattern in ("unstructured:row", "block:4x4", "neurons")]
     for wrap in ("ddp", "hybrid", "partly", "by_columns"):
-        for pattern, allocation in [("unstructured", "global"), ("2:4", "uniform"), ("block:4x4", "global")]:
+        for pattern, allocation in [
+            ("unstructured", "lamp"),
+            ("unstructured", "global"),
+            ("2:4", "uniform"),
+            ("block:4x4", "global"),
+        ]:
             found.append(Case("linear", pattern, allocation, wrap=wrap))
     return found
 

@@ -67,6 +67,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "x.yaml", "y.yaml"], "'y.yaml'"),
         (["record", "nowhere.yaml"], "nowhere.yaml"),
         (["record", "x.yaml", "--jobs", "many"], "many"),
+        (["barrier", "nowhere", "nowhere"], "nowhere is no run directory"),
     ],
 )
 def test_words_it_does_not_know(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,11 +79,11 @@ def test_words_it_does_not_know(arguments: list[str], told: str, capsys: pytest.
 
 
 LISTED = {
-    "criteria": ["magnitude", "random"],
+    "criteria": ["magnitude", "random", "taylor", "obs", "lookahead"],
     "patterns": ["unstructured", "2:4", "block:16x16", "neurons"],
     "schedules": ["Rounds", "Cubic", "OneShot"],
-    "allocations": ["uniform", "global"],
-    "methods": ["PruneFinetune", "KeepMasks"],
+    "allocations": ["uniform_plus", "global", "erk", "lamp", "sensitivity:FILE"],
+    "methods": ["PruneFinetune", "KeepMasks", "LotteryTickets", "DynamicSparse", "NMTraining"],
     "recipes": ["recipes/quickstart.yaml", "Can a small network"],
 }
 
