@@ -69,7 +69,7 @@ def record(path: Path, jobs: int = 1, work: Path = Path("runs/record"), results:
     experiment = load_experiment(path)
     if jobs < 1:
         raise RecipeError(f"--jobs {jobs}: at least one run at a time")
-    todo, owners = _jobs(experiment, path, work / path.stem)
+    todo, owners = experiment_jobs(experiment, path, work / path.stem)
     finished = dict(zip([job.out for job in todo], run_jobs(todo, jobs), strict=True))
     numbers = range(len(experiment["rows"]))
     by_row = [[finished[owners[f"row{index}", seed]] for seed in experiment["seeds"]] for index in numbers]
@@ -101,7 +101,7 @@ def _seconds(metrics: Mapping[str, Any]) -> float:
     return float(seconds["total"] if isinstance(seconds, Mapping) else seconds)
 
 
-def _jobs(experiment: Mapping[str, Any], path: Path, work: Path) -> tuple[list[Job], dict[tuple[str, int], Path]]:
+def experiment_jobs(experiment: Mapping[str, Any], path: Path, work: Path) -> tuple[list[Job], dict[tuple[str, int], Path]]:
     """Every run once, what others need first; and where the run of each row and name is for each seed."""
     todo: dict[Path, Job] = {}
     same: dict[tuple[str, ...], Path] = {}

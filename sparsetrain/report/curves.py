@@ -30,7 +30,7 @@ def draw(axes: Axes, curve: Mapping[str, Any]) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(
-            [t for t in (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2) if t >= min(min(line["x"]) for line in curve["lines"])]
+            [t for t in (100, 70, 50, 30, 20, 10, 5, 3, 2, 1, 0.5, 0.2) if t >= min(min(line["x"]) for line in curve["lines"])]
         )
         axes.invert_xaxis()
     axes.set_title(curve["title"], loc="left", fontsize=11, color=INK)

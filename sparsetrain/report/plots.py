@@ -117,6 +117,8 @@ def _draw_curves(axes: Axes, history: Sequence[dict[str, float]], names: Sequenc
         text = label(name) + (f", mean of {merged} rows a point" if merged > 1 else "")
         marker = "o" if len(steps) <= 60 and not train else None
         style = {"color": SKY, "linewidth": 1.0} if train else {"color": BLUE, "linewidth": 2.0, "marker": marker}
+        if name.startswith("test/"):
+            style |= {"color": INK, "linewidth": 1.2, "linestyle": "--"}
         axes.plot(steps, values, label=text, markersize=3.5, **style)  # type: ignore[arg-type]
         finite = [value for value in values if math.isfinite(value)]
         if len(finite) < len(values):

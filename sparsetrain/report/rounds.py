@@ -50,7 +50,7 @@ def rounds_plot(rounds: Sequence[Mapping[str, Any]]) -> bytes | None:
     is_share = metric.endswith("accuracy")
     values = [100 * (1 - entry["end"][metric]) if is_share else entry["end"][metric] for entry in rounds]
     name = label(metric).replace("accuracy", "error") + (", %" if is_share else "")
-    panels = [(f"{name} at the end of each round", name, values)]
+    panels = [(f"{name.capitalize()} at the end of each round", name, values)]
     if all(entry["best"] for entry in rounds):
         panels.append(("Step of the lowest validation loss", "step in the round", [entry["best"]["step"] for entry in rounds]))
     with mpl.rc_context(STYLE):

@@ -277,7 +277,7 @@ def test_rounds_are_a_table_and_a_plot(run: Path) -> None:
     assert [row[0] for row in cells] == ["0", "1", "2"]
     assert [row[2:] for row in cells] == [["1,000", "90.00 %", "700"], ["500", "91.00 %", "600"], ["250", "92.00 %", "500"]]
     [drawn] = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)" alt="The metric at the end of each round', text)
-    assert "error (test), % at the end of each round" in base64.b64decode(drawn).decode()
+    assert "Error (test), % at the end of each round" in base64.b64decode(drawn).decode()
     assert "Rounds" not in page(run, method={})
 
 
