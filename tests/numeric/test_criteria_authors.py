@@ -1,4 +1,4 @@
-"""PLATON and lookahead against what the authors' own code gave once; movement by hand and by autograd; activations by hand."""
+"""PLATON, SNIP and lookahead against what the authors' own code gave once; movement by hand and by autograd; activations by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsetrain.calibration import calibrate, watch
-from sparsetrain.criteria import PLATON, ActivationMean, APoZ, Known, Lookahead, Movement, Seen, StatisticsCriterion
+from sparsetrain.criteria import (
+    PLATON,
+    SNIP,
+    ActivationMean,
+    APoZ,
+    Known,
+    Lookahead,
+    Movement,
+    Seen,
+    StatisticsCriterion,
+    get_criterion,
+)
 from sparsetrain.errors import RecipeError
 from sparsetrain.masks import MaskManager, Override
 from sparsetrain.patterns import Unstructured
@@ -273,3 +284,31 @@ def test_lookahead_is_the_authors(name: str) -> None:
     plain = MaskManager(authors_network(case), Targets(head=True))
     prune(plain, 0.5)
     assert any(plain.masks[key].int().flatten().tolist() != mask for key, mask in zip(names, case["masks"], strict=True))
+
+
+@pytest.mark.parametrize("case", range(3))
+@pytest.mark.parametrize("criterion", ["snip", "magnitude"])
+def test_snip_prunes_what_the_authors_prune(case: int, criterion: str) -> None:
+    """One threshold over the model, by the gradient to the masks; another criterion prunes something else."""
+    stored = golden("snip")["cases"][case]
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    layers = {"w1": model[0], "w2": model[2]}
+    with torch.no_grad():
+        for key, layer in layers.items():
+            layer.weight.copy_(torch.tensor(stored["weights"][key]))
+            layer.bias.copy_(torch.tensor(stored["biases"][key.replace("w", "c")]))
+    batch = torch.tensor(stored["inputs"]), torch.tensor(stored["labels"])
+    manager = MaskManager(model, Targets(head=True))
+    score = get_criterion(criterion)
+    if isinstance(score, SNIP):
+        calibrate(manager, score, [batch], lambda b: F.cross_entropy(model(b[0]), b[1]))
+        for name, key in (("0.weight", "w1"), ("2.weight", "w2")):
+            ours = score.score(model.get_parameter(name).detach(), name=name, step=0)
+            theirs = torch.tensor(stored["scores"][key])  # divided by the sum over the model
+            assert torch.allclose(ours / ours.sum(), theirs / theirs.sum(), atol=1e-5)
+    prune(manager, stored["sparsity"], criterion=score, allocation="global")
+    same = all(
+        torch.equal(manager[name].full_mask(), torch.tensor(stored["masks"][key]).bool())
+        for name, key in (("0.weight", "w1"), ("2.weight", "w2"))
+    )
+    assert same is (criterion == "snip")
