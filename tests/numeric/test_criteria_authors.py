@@ -1,4 +1,4 @@
-"""PLATON, SNIP and lookahead against what the authors' own code gave once; movement by hand and by autograd; activations by hand."""
+"""PLATON, SNIP and lookahead against what the authors' own code gave once; movement and activations by hand."""
 
 from __future__ import annotations
 
