@@ -92,7 +92,7 @@ def read(path: Path) -> NotebookNode:
 
 
 def test_there_are_notebooks():
-    assert [path.stem for path in NOTEBOOKS] == ["dense_to_sparse"]
+    assert [path.stem for path in NOTEBOOKS] == ["dense_to_sparse", "sparse_from_the_start", "what_to_prune"]
 
 
 @every_notebook
