@@ -106,11 +106,13 @@ def _require_some(seen: int, criterion: StatisticsCriterion) -> None:
         )
 
 
-def watch(manager: MaskManager, criterion: StatisticsCriterion, parameters: Iterable[Tensor] | None = None) -> None:
+def watch(
+    manager: MaskManager, criterion: StatisticsCriterion, parameters: Iterable[Tensor] | None = None, scale: float = 1.0
+) -> None:
     """Show a criterion that watches training (Movement, PLATON) the gradients there are now; call it before every step.
 
-    ``parameters``: those the step moves; by default all. Raises `DivergedError`, before anything is taken in, for a gradient
-    that is not finite.
+    ``parameters``: those the step moves; by default all. ``scale``: what a gradient scaler (AMP) has multiplied gradients by
+    and not yet undone. Raises `DivergedError`, before anything is taken in, for a gradient that is not finite.
 
     Example, in a loop: ``loss.backward(); watch(manager, criterion); optimizer.step()``.
     """
@@ -120,7 +122,7 @@ def watch(manager: MaskManager, criterion: StatisticsCriterion, parameters: Iter
         parameter = tensor.target.parameter
         if parameter.grad is None or (moved is not None and id(parameter) not in moved):
             continue
-        gradient = _dense(parameter.grad)
+        gradient = _dense(parameter.grad) if scale == 1.0 else _dense(parameter.grad) / scale
         if not bool(torch.isfinite(gradient).all()):
             raise DivergedError(
                 f"the gradient of {tensor.name} is not finite: criterion {type(criterion).__name__} cannot score it. Lower the "

@@ -22,7 +22,7 @@ from rich.progress import track
 from scipy.stats import spearmanr  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from sparsetrain.criteria import Criterion, get_criterion
+from sparsetrain.criteria import Criterion, Known, get_criterion
 from sparsetrain.errors import DivergedError, PatternError, RecipeError
 from sparsetrain.masks import MaskedTensor, MaskManager, sharding
 from sparsetrain.patterns import Pattern, Slices, Sparsity, exact
@@ -124,6 +124,7 @@ def scan(
     Example: ``scan(manager, lambda: {"loss": float(loss(model(x), y))}).rows``.
     """
     score = get_criterion(criterion)
+    score.prepare(manager.model, [Known.of(tensor) for tensor in manager])
     grid = [exact(sparsity) for sparsity in sparsities]
     jobs = [job for tensor in manager for job in _jobs(tensor, grid, units)]
     baseline = _evaluated(evaluate)

@@ -46,7 +46,7 @@ class Sensitivity(Allocation):
     the continuous knapsack on those hulls exactly (Lagrangian relaxation); pieces of equal price are taken together. So a
     higher budget only adds. It assumes that increases add up over tensors, and that order survives fine-tuning.
 
-    ``scan``: path of a ``sensitivity.json``. A tensor needs a curve for its own pattern (slices: scan with ``--units``).
+    ``scan``: path of a ``sensitivity.json``. A tensor needs a curve for its own pattern (``--units`` adds ``neurons``).
     Raises `RecipeError` for a file that is no scan, a tensor it did not measure, a budget beyond what it measured.
 
     Example: ``Sensitivity("runs/quickstart-sensitivity/sensitivity.json")(shares, 0.9)``.
@@ -83,16 +83,12 @@ class Sensitivity(Allocation):
 
     def _curve(self, share: Share) -> Points:
         names = {name for name, _ in self._curves}
-        way = f"Scan this recipe: `sparsetrain sensitivity RECIPE.yaml`{self._units(share)}"
+        way = "Scan this recipe: `sparsetrain sensitivity RECIPE.yaml` measures its own patterns, with --units neurons too"
         require_names(names, [share.name], self.scan, way)
         if (share.name, str(share.pattern)) not in self._curves:
             there = ", ".join(pattern for name, pattern in self._curves if name == share.name)
             raise RecipeError(f"{self.scan} measured {share.name} for {there}, not for {share.pattern}. {way}")
         return self._curves[share.name, str(share.pattern)]
-
-    @staticmethod
-    def _units(share: Share) -> str:
-        return " with --units" if str(share.pattern) in ("neurons", "channels") else ""
 
     def __call__(self, shares: Sequence[Share], sparsity: Sparsity, reduce: Reduce | None = None) -> dict[str, Fraction]:
         """What the cheapest pieces add up to."""

@@ -14,6 +14,7 @@ from torch import nn
 from sparsetrain.callbacks.exact_resume import ExactResume
 from sparsetrain.errors import MaskStateError, PatternError, RecipeError
 from sparsetrain.masks import MaskedTensor, MaskManager, Verification
+from sparsetrain.masks.sharding import local
 from sparsetrain.patterns import Sparsity
 from sparsetrain.schedules import Clock, Curve
 
@@ -255,3 +256,16 @@ def averaged_copies(trainer: Trainer) -> list[nn.Module]:
     """The averaged models that Lightning's ``WeightAveraging`` and ``StochasticWeightAveraging`` callbacks keep."""
     found = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
     return [copy for copy in found if isinstance(copy, nn.Module)]
+
+
+def warn_of_zeros(manager: MaskManager, fate: str) -> None:
+    """Warn if a model that looks pruned already is about to be treated as dense; ``fate`` says what becomes of its zeros."""
+    for tensor in manager:
+        share = float((local(tensor.target.parameter.detach()) == 0).float().mean())
+        if share > 0.01:
+            warnings.warn(
+                f"{tensor.name} is {share:.0%} zero already, and these zeros are no masks: {fate}. To keep them call "
+                "method.use(model, MaskManager.adopt(model, pattern)) before fit (init_from does in a recipe)",
+                stacklevel=2,
+            )
+            return

@@ -12,8 +12,9 @@ configuration, so that it loads without this package. The shorter model is compa
 Knobs: ``blocks`` (how many, or which share of those found), ``start`` and ``end`` (leave a third of the run for recovery),
 ``batches`` (measured in evaluation mode with fixed random streams: the same in a resumed run).
 
-Combines with: any optimizer, AMP, accumulation, other callbacks. Masks come before or after, in a run of their own (init_from):
-a method whose targets lie in blocks that may go is refused. One process; no averaged weights.
+Combines with: any optimizer, AMP, accumulation, other callbacks. A method whose targets lie in blocks that may go is refused:
+fit the shortened model once more with it, in code (``init_from`` of a recipe loads whole models only). One process; no
+averaged weights.
 
 How it fails: too few residual blocks, or blocks that change the shape, are refused by name; a block that two others rely on
 shows as a loss that recovers only with training. Checkpoints written before the end hold all blocks, later ones do not.
@@ -174,7 +175,7 @@ class DepthPruning(Callback):
                     if tensor.target.module in inside:
                         raise RecipeError(
                             f"{type(method).__name__} masks {tensor.name}, and DepthPruning may remove its block "
-                            f"{inside[tensor.target.module]}; run one after the other (init_from), or exclude the blocks"
+                            f"{inside[tensor.target.module]}; exclude the blocks, or fit the shortened model with it afterwards"
                         )
 
     @contextmanager

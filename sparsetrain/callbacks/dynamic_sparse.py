@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsetrain.callbacks import growth_rules as rules
-from sparsetrain.callbacks.base import SparsityCallback, current_step
+from sparsetrain.callbacks.base import SparsityCallback, current_step, warn_of_zeros
 from sparsetrain.callbacks.clock import clock_of
 from sparsetrain.callbacks.dense_gradient import DenseGradients
 from sparsetrain.errors import PatternError, RecipeError, nearest
@@ -188,7 +188,7 @@ class DynamicSparse(SparsityCallback):
         if unsaid or (self.rule != "granet" and not any(plan.values())):
             raise PatternError(f"how sparse? Nothing says so for {unsaid[:3] or 'any tensor'}; give a sparsity, such as 0.9")
         if any(plan.values()):
-            rules.warn_of_zeros(self.masks)
+            warn_of_zeros(self.masks, "random masks replace them")
         for tensor in self.masks:
             if plan[tensor.name]:
                 scores = tensor.target.layout.view(rules.random_growth(tensor, f"{self.seed}/{tensor.name}/start"))

@@ -29,8 +29,8 @@ def written(target: Path) -> Iterator[Path]:
     except (OSError, RuntimeError, SafetensorError) as error:
         kept = f"the previous {target.name} is intact" if target.is_file() else f"there was no {target.name} before"
         raise RecipeError(
-            f"{target} could not be written ({error}); {kept}. Free space or choose another --out, then go on with "
-            "--ckpt_path last if there is a checkpoint"
+            f"{target} could not be written ({error}); {kept}. Free space or choose another --out; a run with a "
+            "checkpoint goes on with --ckpt_path last"
         ) from error
     finally:
         # Under a parent that is no directory there is nothing to remove, and asking raises.

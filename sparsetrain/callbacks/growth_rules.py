@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -118,19 +117,6 @@ def require_budget(manager: MaskManager, plan: dict[str, Fraction]) -> None:
             f"the sparsity asked for prunes {asked} of {sum(sizes.values())} weights, and the masks there are prune {have}: "
             "leave sparsity out to keep theirs, or use rule 'granet' to prune on"
         )
-
-
-def warn_of_zeros(manager: MaskManager) -> None:
-    """Warn if random masks are about to be laid over a model that looks pruned already."""
-    for tensor in manager:
-        share = float((tensor.target.parameter.detach() == 0).float().mean())
-        if share > 0.01:
-            warnings.warn(
-                f"{tensor.name} is {share:.0%} zero already, and these zeros are no masks: random masks replace them. To start "
-                "from them call method.use(model, MaskManager.adopt(model, pattern)) before fit (init_from does in a recipe)",
-                stacklevel=2,
-            )
-            return
 
 
 def random_growth(tensor: MaskedTensor, key: str) -> Tensor:

@@ -189,6 +189,7 @@ class LotteryTickets(SparsityCallback):
         clock = clock_of(trainer)
         clock = Clock(None if clock.total_steps is None else clock.total_steps - self._began, clock.steps_per_epoch)
         self._table = self.rounds.timetable(self.rewind, clock)
+        self._table.check_end(trainer, self.rounds.count)
         if self.rewind.schedule and (name := rewinding.outlasting(trainer, self._table.every, clock)):
             warnings.warn(
                 f"the learning-rate schedule ({name}) is longer than a round of {self._table.every} steps: every round sees "

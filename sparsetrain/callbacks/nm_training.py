@@ -131,8 +131,8 @@ class NMTraining(SparsityCallback):
 
     def final(self, tensor: MaskedTensor) -> Sparsity:
         """The one sparsity of its pattern."""
-        found = self._finals.get(tensor.name)
-        return 0.0 if found is None else found.sparsity
+        pattern = self._finals.get(tensor.name, tensor.pattern)
+        return 0.0 if tensor.goal == 0 or pattern.sparsity is None else pattern.sparsity
 
     def _steps(self, clock: Clock) -> tuple[int, int, int]:
         start, freeze = clock.steps(self.start), clock.steps(self.freeze)

@@ -18,7 +18,6 @@ already decayed when pruning ends cannot repair the damage; uniform sparsity sta
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import asdict
 from typing import Any
 
@@ -28,14 +27,13 @@ from torch.optim import Optimizer
 
 from sparsetrain.allocation import Allocation, Share, get_allocation
 from sparsetrain.calibration import known
-from sparsetrain.callbacks.base import SparsityCallback, current_step
+from sparsetrain.callbacks.base import SparsityCallback, current_step, warn_of_zeros
 from sparsetrain.callbacks.clock import clock_of
 from sparsetrain.callbacks.recovery import Recovery, Watch
 from sparsetrain.callbacks.statistics import recalibrate, require_data, watch_step
 from sparsetrain.criteria import Criterion, StatisticsCriterion, get_criterion
 from sparsetrain.errors import RecipeError
 from sparsetrain.masks import MaskedTensor, MaskManager, Override
-from sparsetrain.masks.sharding import local
 from sparsetrain.patterns import Pattern, Sparsity, exact, parse_pattern
 from sparsetrain.pruning import final_sparsity, prune, validate
 from sparsetrain.schedules import Clock, Curve, OneShot, Rounds, Schedule
@@ -131,7 +129,14 @@ class PruneFinetune(SparsityCallback):
         goals = {float(self.final(t)) for t in self.masks if t.pattern.sparsity is None}
         # A run of fixed patterns alone still has its one change.
         goals = {g for g in goals if g > 0} or {float(self.final(t)) for t in self.masks}
-        return {goal: self.schedule.resolve(goal, clock) for goal in goals if goal > 0}
+        curves = {goal: self.schedule.resolve(goal, clock) for goal in goals if goal > 0}
+        seen = not self._watches or (isinstance(self.criterion, StatisticsCriterion) and bool(self.criterion.memory))
+        if not seen and any(curve.points[0][0] == 0 for curve in curves.values()):
+            raise RecipeError(
+                f"criterion {type(self.criterion).__name__} watches training and has seen none at step 0, where the schedule "
+                "begins; let it begin after some hundred steps (schedule.start, or schedule.at)"
+            )
+        return curves
 
     # -- running ----------------------------------------------------------------------------------------------------------
 
@@ -147,21 +152,11 @@ class PruneFinetune(SparsityCallback):
             )
         require_data(trainer, self.masks, self.criterion)
         if not resumed:
-            self._warn_of_zeros()
+            if not self.masks.masks:
+                warn_of_zeros(self.masks, "training fills them")
             self._done, self._early, self._watch = 0, False, Watch()
             # A second fit() goes on from where the masks are; its clock starts where the trainer's does.
             self.on_step(trainer, current_step(trainer))
-
-    def _warn_of_zeros(self) -> None:
-        for tensor in self.masks if not self.masks.masks else ():
-            share = float((local(tensor.target.parameter.detach()) == 0).float().mean())
-            if share > 0.01:
-                warnings.warn(
-                    f"{tensor.name} is {share:.0%} zero already, and these zeros are no masks: training fills them. To keep "
-                    "them call method.use(model, MaskManager.adopt(model, pattern)) before fit (init_from does in a recipe)",
-                    stacklevel=2,
-                )
-                return
 
     @property
     def _steps(self) -> list[int]:
@@ -231,7 +226,8 @@ class PruneFinetune(SparsityCallback):
         """Watch the metric for recovery."""
         if self.recovery is None:
             return
-        value = self.recovery.value(trainer.callback_metrics)
+        # One rank decides: ranks that disagree would end up with other masks.
+        value = float(trainer.strategy.broadcast(self.recovery.value(trainer.callback_metrics)))
         if not self._done:
             self._watch.before(value)
         else:

@@ -64,8 +64,11 @@ def watch_step(trainer: Trainer, manager: MaskManager, criterion: Criterion, opt
     """
     if not isinstance(criterion, StatisticsCriterion) or criterion.source != "training":
         return
+    # A fused optimizer undoes AMP's scale inside its step.
+    scaled = trainer.scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+    scale = float(trainer.scaler.get_scale()) if scaled and trainer.scaler is not None else 1.0
     try:
-        watch(manager, criterion, (p for group in optimizer.param_groups for p in group["params"]))
+        watch(manager, criterion, (p for group in optimizer.param_groups for p in group["params"]), scale)
     except DivergedError as error:
         if trainer.scaler is None:
             raise DivergedError(f"step {trainer.global_step}: {error}") from error

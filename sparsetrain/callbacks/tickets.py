@@ -122,6 +122,15 @@ class Timetable:
         """A step of the run as a step of a round."""
         return step - number * (self.every - self.back)
 
+    def check_end(self, trainer: Trainer, count: int) -> None:
+        """Raise `RecipeError` if the run may not stop after its last round: the final weights would be of none."""
+        epochs, steps = trainer.fit_loop.min_epochs or 0, trainer.fit_loop.epoch_loop.min_steps or 0
+        if max(epochs * (self.per_epoch or 1), steps) > self.end(count):
+            raise RecipeError(
+                f"the last of {count} rounds ends after {self.end(count)} steps, and trainer.min_epochs or min_steps let the "
+                "run go on; drop them"
+            )
+
     def epoch(self, epoch: int) -> int:
         """The epoch of round 0 whose data an epoch of the run repeats; needs rounds of whole epochs."""
         every, back = self.every // (self.per_epoch or 1), self.back // (self.per_epoch or 1)

@@ -13,7 +13,7 @@ When to use it: fine-tuning a pretrained model on a new task, where the way a we
 watches every optimizer step from the first one, so prune after some hundred of them (``schedule.start``).
 
 How it fails: right after the start, and from scratch, scores are noise. In the paper a pruned weight keeps its old value in
-secret and may come back; here pruned weights are zero, and their scores stay where they were.
+secret and may come back; here pruned weights are zero and stay pruned.
 """
 
 from __future__ import annotations

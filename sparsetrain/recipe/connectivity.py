@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from sparsetrain.callbacks.files import written
 from sparsetrain.connectivity import Barrier, barrier
 from sparsetrain.errors import RecipeError
 from sparsetrain.recipe.build import check_weights, instantiate, read_weights, require_lightning
+from sparsetrain.recipe.metrics import silent_trainer
 from sparsetrain.recipe.quiet import quiet
 from sparsetrain.recipe.schema import load_recipe
 from sparsetrain.report.plots import BLUE, GREY, STYLE, VERMILLION, figure
@@ -76,15 +77,7 @@ def _error(config: Namespace, model: LightningModule, data: Any) -> tuple[str, f
     """The name and the value of the error of a model, on the test data (validation data for a task without test step)."""
     if data is None:
         raise RecipeError("the recipe of the first run names no data to evaluate on")
-    silent = Trainer(
-        accelerator=config.trainer.accelerator,
-        devices=1,
-        precision=config.trainer.precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    silent = silent_trainer(config)
     tests = type(model).test_step is not LightningModule.test_step
     results = (silent.test if tests else silent.validate)(model, datamodule=data, verbose=False)
     metrics = {name: float(value) for part in results for name, value in part.items()}

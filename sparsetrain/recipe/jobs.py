@@ -94,6 +94,12 @@ def _run(job: Job) -> dict[str, Any]:
         if done.returncode:
             raise RecipeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     found: dict[str, Any] = json.loads(left.read_text(encoding="utf-8"))
+    asked, did = " ".join(["sparsetrain", *job.command]), str(found.get("command", ""))
+    if job.kind == "run" and not did.startswith(f"{asked} --out "):
+        raise RecipeError(
+            f"{job.out} holds a finished run of another command ({did}), asked is {asked}: the experiment has changed. Delete "
+            "that directory, or choose another --work"
+        )
     if job.kind == "run" and not found.get("verified"):
         raise RecipeError(f"{job.out} is not verified: {found.get('problems') or found.get('message')}")
     return found

@@ -23,6 +23,7 @@ from sparsetrain.criteria import get_criterion
 from sparsetrain.errors import DataError, RecipeError
 from sparsetrain.masks import MaskedTensor, MaskManager
 from sparsetrain.recipe.build import as_recipe_error, build, require_lightning, start_from
+from sparsetrain.recipe.metrics import silent_trainer
 from sparsetrain.recipe.run import dense_twin
 from sparsetrain.recipe.schema import load_recipe
 
@@ -69,11 +70,15 @@ class Bench:
         self.batches = batches
         check(self)
         self.stage, self.evaluated_on = self._stage()
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecipeError(f"--out {out} cannot be a directory ({error.strerror}); choose another") from error
         if self.weights is None:
             dense_twin(recipe, overrides, out)
             self.weights = str(out / "dense")
             start_from(out / "dense", self.model, self.method)
-        self.trainer = self._trainer()
+        self.trainer = silent_trainer(self.config, batches)
 
     @property
     def manager(self) -> MaskManager:
@@ -93,20 +98,6 @@ class Bench:
         raise DataError(
             f"{type(self.data).__name__} gives {type(self.model).__name__} neither validation nor test batches to measure on; "
             "keep some of the training data apart (VisionData: validation: 0.1)"
-        )
-
-    def _trainer(self) -> Trainer:
-        limit = 1.0 if self.batches is None else self.batches
-        return Trainer(
-            accelerator=self.config.trainer.accelerator,
-            devices=1,
-            precision=self.config.trainer.precision,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=limit,
-            limit_test_batches=limit,
         )
 
     def recovery_trainer(self, steps: int, *callbacks: Callback) -> Trainer:

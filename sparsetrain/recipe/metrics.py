@@ -51,9 +51,13 @@ def evaluate(
     }
 
 
-def _test(config: Namespace, model: LightningModule, data: LightningDataModule) -> dict[str, float]:
-    """Metrics of the test set, or of the validation set where a data module has no test set."""
-    quiet = Trainer(
+def silent_trainer(config: Namespace, batches: int | None = None) -> Trainer:
+    """A trainer that evaluates on one device by a recipe's settings, on the first so many batches, and leaves no traces.
+
+    Example: ``silent_trainer(load_recipe("recipes/quickstart.yaml")).test(model, datamodule=data)``.
+    """
+    limit = 1.0 if batches is None else batches
+    return Trainer(
         accelerator=config.trainer.accelerator,
         devices=1,
         precision=config.trainer.precision,
@@ -61,7 +65,14 @@ def _test(config: Namespace, model: LightningModule, data: LightningDataModule) 
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        limit_val_batches=limit,
+        limit_test_batches=limit,
     )
+
+
+def _test(config: Namespace, model: LightningModule, data: LightningDataModule) -> dict[str, float]:
+    """Metrics of the test set, or of the validation set where a data module has no test set."""
+    quiet = silent_trainer(config)
     run = quiet.test if type(model).test_step is not LightningModule.test_step else quiet.validate
     results = run(model, datamodule=data, verbose=False)
     return {name: float(value) for loader in results for name, value in loader.items()}

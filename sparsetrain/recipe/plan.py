@@ -84,6 +84,11 @@ def plan(recipe: Path, overrides: Sequence[str] = ()) -> Plan:
     except SparsetrainError as error:
         if not any(str(error) == problem for problem in result.problems) and not result.problems:
             result.problems.append(str(error))
+    unsaid = [tensor.name for tensor in manager if method.final(tensor) is None] if not result.problems else []
+    if unsaid and config.init_from is None:
+        result.problems.append(
+            f"{unsaid[0]}: nothing says how sparse it is to be; give a sparsity, or start from a pruned model (init_from)"
+        )
     if config.init_from is not None and not Path(config.init_from).exists():
         result.problems.append(f"init_from: {config.init_from!r} is no file or run directory")
     data = _load_data(config, result)

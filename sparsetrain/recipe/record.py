@@ -29,35 +29,56 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sparsetrain.allocation.files import is_number
 from sparsetrain.errors import RecipeError, nearest
 from sparsetrain.recipe.jobs import Job, make_job, run_jobs
-from sparsetrain.recipe.schema import read_yaml
+from sparsetrain.recipe.schema import load_recipe, read_yaml
 from sparsetrain.report.curves import plot_curves
 
 _KEYS = {"question", "recipe", "seeds", "model", "data", "rows"}
 _ROW_KEYS = {"method", "overrides", "published", "source", "goal"}
+_CURVE_KEYS = {"title", "list", "x", "y", "x_label", "y_label", "lines"}
 
 
 def load_experiment(path: Path) -> dict[str, Any]:
-    """Read an experiment file; raises `RecipeError` for a missing file or key."""
+    """Read an experiment file; raises `RecipeError` for a missing file or key, and for what cannot be run or compared."""
     found = read_yaml(path, "experiment")
     missing = _KEYS - set(found)
     if missing:
         raise RecipeError(f"{path} lacks {', '.join(sorted(missing))}; an experiment has {', '.join(sorted(_KEYS))}")
-    if not found["rows"] or not found["seeds"]:
-        raise RecipeError(f"{path}: rows and seeds must name at least one each")
+    seeds = found["seeds"]
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise RecipeError(f"{path}: seeds is {seeds!r}; give a list of whole numbers, such as [0, 1, 2]")
+    _require_entries(path, "stages", found.setdefault("stages", []), {"name", "overrides"})
+    _require_entries(path, "rows", found["rows"], _ROW_KEYS)
+    if not found["rows"]:
+        raise RecipeError(f"{path}: rows must name at least one")
+    names = [entry["name"] for entry in [*found["stages"], *found["rows"]] if "name" in entry]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise RecipeError(f"{path}: two stages or rows have the name {twice[0]!r}")
     for index, row in enumerate(found["rows"]):
-        if _ROW_KEYS - set(row):
-            raise RecipeError(f"{path}: rows[{index}] lacks {', '.join(sorted(_ROW_KEYS - set(row)))}")
         goal, names = row["goal"], [other["name"] for other in found["rows"][:index] if "name" in other]
         if isinstance(goal, dict) and goal.get("row") not in names:
             raise RecipeError(
                 f"{path}: rows[{index}].goal names row {goal.get('row')!r}; rows before it are {', '.join(names)}"
             )
-    for index, stage in enumerate(found.setdefault("stages", [])):
-        if {"name", "overrides"} - set(stage):
-            raise RecipeError(f"{path}: stages[{index}] needs name and overrides")
+        if not (goal is None or is_number(goal.get("plus") if isinstance(goal, dict) else goal)):
+            raise RecipeError(f"{path}: rows[{index}].goal is {goal!r}; give a number, {{row: NAME, plus: 0.1}}, or null")
+    _require_entries(path, "curves", found.get("curves", []), _CURVE_KEYS)
     return found
+
+
+def _require_entries(path: Path, what: str, entries: Any, keys: set[str]) -> None:
+    """Raise unless it is a list of mappings with these keys, whose overrides are mappings."""
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise RecipeError(f"{path}: {what} must be a list of entries with {', '.join(sorted(keys))}")
+    for index, entry in enumerate(entries):
+        if keys - set(entry):
+            raise RecipeError(f"{path}: {what}[{index}] lacks {', '.join(sorted(keys - set(entry)))}")
+        for key in ("overrides", "lines"):
+            if key in keys and not isinstance(entry[key], dict):
+                raise RecipeError(f"{path}: {what}[{index}].{key} is {entry[key]!r}; give {{key: value}}, {{}} for none")
 
 
 def record(path: Path, jobs: int = 1, work: Path = Path("runs/record"), results: Path = Path("recipes/results")) -> Path:
@@ -70,6 +91,8 @@ def record(path: Path, jobs: int = 1, work: Path = Path("runs/record"), results:
     if jobs < 1:
         raise RecipeError(f"--jobs {jobs}: at least one run at a time")
     todo, owners = experiment_jobs(experiment, path, work / path.stem)
+    for job in todo:
+        _require_readable(job)
     finished = dict(zip([job.out for job in todo], run_jobs(todo, jobs), strict=True))
     numbers = range(len(experiment["rows"]))
     by_row = [[finished[owners[f"row{index}", seed]] for seed in experiment["seeds"]] for index in numbers]
@@ -94,6 +117,18 @@ def record(path: Path, jobs: int = 1, work: Path = Path("runs/record"), results:
     if "curves" in result:
         plot_curves(result["curves"], target.with_suffix(".png"))
     return target
+
+
+def _require_readable(job: Job) -> None:
+    """Raise `RecipeError`, before hours of training, for a recipe that is missing or overrides it does not know."""
+    recipe, overrides = Path(job.command[1]), job.command[2:]
+    try:
+        if job.kind == "run":
+            load_recipe(recipe, overrides)
+        else:
+            read_yaml(recipe)
+    except RecipeError as error:
+        raise RecipeError(f"{job.out.name}: {error}") from error
 
 
 def _seconds(metrics: Mapping[str, Any]) -> float:
@@ -140,13 +175,22 @@ def _placed(value: Any, named: Mapping[str, Path], path: Path) -> Any:
 def _found(metrics: Mapping[str, Any], path: str) -> Any:
     value: Any = metrics
     for key in path.split("."):
-        known = list(value) if isinstance(value, Mapping) else [str(i) for i in range(len(value))]
+        numbers = [str(i) for i in range(len(value))] if isinstance(value, list) else []
+        known = list(value) if isinstance(value, Mapping) else numbers
         if key not in known:
             raise RecipeError(
-                f"{metrics.get('recipe')!r} has no {path!r} in its metrics: there is no {key!r} among {', '.join(known)}"
+                f"{metrics.get('recipe')!r} has no {path!r} in its metrics: there is no {key!r} among "
+                f"{', '.join(known) or 'nothing'}"
             )
         value = value[key] if isinstance(value, Mapping) else value[int(key)]
     return value
+
+
+def _number(metrics: Mapping[str, Any], path: str) -> float:
+    value = _found(metrics, path)
+    if not is_number(value):
+        raise RecipeError(f"{metrics.get('recipe')!r} has {value!r} at {path!r} in its metrics, which is no finite number")
+    return float(value)
 
 
 def _curve(
@@ -174,7 +218,7 @@ def _curve(
 
 def _point(entry: Mapping[str, Any], path: str) -> float:
     """A number of an entry: accuracies as errors in percent, shares kept in percent."""
-    value = float(_found(entry, path))
+    value = _number(entry, path)
     if path.endswith("accuracy"):
         return 100 * (1 - value)
     return 100 * (1 - value) if path == "sparsity" else value
@@ -188,9 +232,9 @@ def _row(
 ) -> dict[str, Any]:
     path = row.get("value", "final.test/accuracy")
     is_error = path.endswith("test/accuracy") and "metric" not in row
-    found = [float(_found(run, path)) for run in runs]
+    found = [_number(run, path) for run in runs]
     values = [round(100 * (1 - value) if is_error else value, 4) for value in found]
-    sparsity = statistics.fmean(float(_found(run, row.get("sparsity", "sparsity.actual"))) for run in runs)
+    sparsity = statistics.fmean(_number(run, row.get("sparsity", "sparsity.actual")) for run in runs)
     patterns = sorted({layer["pattern"] for run in runs for layer in run["layers"]}) or ["dense"]
     mean, goal, higher = statistics.fmean(values), row["goal"], bool(row.get("higher_is_better", False))
     if isinstance(goal, Mapping):

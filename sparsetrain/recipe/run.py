@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -29,7 +29,7 @@ from sparsetrain.callbacks.files import written
 from sparsetrain.callbacks.progress import EpochLines
 from sparsetrain.errors import DivergedError, RecipeError
 from sparsetrain.masks import save_masks
-from sparsetrain.recipe.build import Built, as_recipe_error, build, require_lightning
+from sparsetrain.recipe.build import Built, as_recipe_error, build, instantiate, require_lightning
 from sparsetrain.recipe.directory import WriteConfig, check_resume, last_checkpoint, resume_path, write_metrics
 from sparsetrain.recipe.flops import flops
 from sparsetrain.recipe.history import History
@@ -88,11 +88,7 @@ def run(
         dense_file = out / "checkpoints" / "dense.ckpt"
         metrics = record | evaluate(config, model, built.data, built.method, dense_file, twin)
         metrics |= sparsity(built.method, model)
-        metrics["method"] = {} if built.method is None else built.method.facts()
-        for callback in built.callbacks:
-            if isinstance(callback, DepthPruning):
-                metrics["method"] |= {"removed": callback.removed}
-        metrics["flops"] = flops(model, built.method.manager if built.method else None, built.data)
+        metrics |= _facts(config, built, model)
         metrics["seconds"] = {"total": round(time.monotonic() - began, 2), "fit": round(fitted - began, 2)}
     masks = None if built.method is None else built.method.masks.saved()
     if _speaks():
@@ -101,6 +97,20 @@ def run(
                 save_masks(partial, masks)
         write_metrics(out, metrics)
     return metrics
+
+
+def _facts(config: Namespace, built: Built, model: LightningModule) -> dict[str, Any]:
+    """The keys ``method`` and ``flops`` of metrics.json."""
+    facts = {} if built.method is None else built.method.facts()
+    for callback in built.callbacks:
+        if isinstance(callback, DepthPruning):
+            facts |= {"removed": callback.removed}
+    found = flops(model, built.method.manager if built.method else None, built.data)
+    if found and facts.get("removed"):
+        # Dense is the model before blocks were taken out of it.
+        whole = flops(instantiate(config, "model"), None, built.data)
+        found["dense"] = whole["dense"] if whole else found["dense"]
+    return {"method": facts, "flops": found}
 
 
 def _speaks() -> bool:

@@ -45,13 +45,8 @@ def sensitivity(
         raise RecipeError(f"--parameters {parameters}: correlations need at least 2 weights of each tensor, 0 for none")
     out = out or Path("runs") / f"{recipe.stem}-sensitivity"
     with quiet():
-        bench = Bench(recipe, overrides, out, batches)
+        bench = Bench(recipe, overrides, out, batches, _require_weights)
         criterion = getattr(bench.method, "criterion", "magnitude")
-        if isinstance(criterion, StatisticsCriterion):
-            raise RecipeError(
-                f"criterion {type(criterion).__name__} scores from data that a scan does not stream; scan with "
-                "--method.criterion magnitude"
-            )
         found = scan(bench.manager, bench.evaluate, criterion=criterion, units=units, progress=progress)
         found.evaluated_on = bench.evaluated_on
         if parameters:
@@ -62,3 +57,12 @@ def sensitivity(
         found.to_json(partial)
     plot_scan(asdict(found), picture, recipe.stem)
     return found, data, picture
+
+
+def _require_weights(bench: Bench) -> None:
+    criterion = getattr(bench.method, "criterion", None)
+    if isinstance(criterion, StatisticsCriterion):
+        raise RecipeError(
+            f"criterion {type(criterion).__name__} scores from data that a scan does not stream; scan with "
+            "--method.criterion magnitude"
+        )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -21,13 +22,14 @@ from sparsetrain.criteria import NAMES, OBS, PLATON, Criterion, Fisher, Movement
 from sparsetrain.errors import DivergedError, RecipeError, SparsetrainError
 from sparsetrain.masks import MaskManager
 from sparsetrain.pruning import prune
-from sparsetrain.schedules import Cubic, Rounds
+from sparsetrain.schedules import Cubic, OneShot, Rounds
 from sparsetrain.targets import Targets
 
 from . import ranks as on
 from .promises import same_bits
 from .ranks import RANKS, Group, ddp, fsdp
 from .test_resume import SaveAlways, fit
+from .toys import loaders, task, trainer
 
 Patch = pytest.MonkeyPatch
 
@@ -230,3 +232,27 @@ def test_in_lightning_two_ranks_have_the_same_masks(name: str, ranks: list[dict[
     assert int(sum((~mask).sum() for mask in first["masks"].values())) == sum(
         int(m.numel() * 6) // 10 for m in first["masks"].values()
     )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_scaled_gradients_are_seen_as_they_are(fused: bool, monkeypatch: Patch) -> None:
+    """A fused optimizer undoes AMP's scale inside its step, after a criterion has looked."""
+
+    def scores(**settings: Any) -> dict[str, Tensor]:
+        of = PruneFinetune(0.5, criterion=Movement(), schedule=OneShot("4st"))
+        module = task(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01, fused=fused))
+        trainer(of, max_epochs=1, **settings).fit(module, *loaders())
+        assert isinstance(of.criterion, Movement)
+        return {name: memory["scores"] for name, memory in of.criterion.memory.items()}
+
+    def amp() -> dict[str, Tensor]:
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)  # type: ignore[attr-defined]
+        return scores(plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
+
+    def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+        return all(torch.allclose(one[name], other[name], atol=0.05 * float(other[name].abs().max())) for name in other)
+
+    whole = scores()
+    assert close(amp(), whole)
+    monkeypatch.setattr(in_lightning, "watch", lambda *args: calibration.watch(*args[:3]))  # as if there were no scale
+    assert close(amp(), whole) != fused

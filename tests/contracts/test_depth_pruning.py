@@ -406,7 +406,7 @@ def test_a_network_without_blocks_is_refused() -> None:
 
 
 def test_masks_inside_blocks_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"PruneFinetune masks blocks\.0\.inner\.weight.*init_from"):
+    with pytest.raises(RecipeError, match=r"PruneFinetune masks blocks\.0\.inner\.weight.*fit the shortened model"):
         trainer(DepthPruning(), PruneFinetune(0.5)).fit(stack(), batches())
 
 

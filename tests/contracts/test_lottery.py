@@ -720,6 +720,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "monitor": ({"lost": Lost("val/acuracy")}, {}, "'val/acuracy' is not among.*Did you mean 'val/accuracy'"),
     "no validation": ({"lost": Lost()}, {"limit_val_batches": 0}, "there are none"),
     "min epochs": ({"lost": Lost()}, {"min_epochs": 3}, "min_epochs or min_steps forbid it"),
+    "min epochs after the end": ({}, {"min_epochs": 10, "max_epochs": 12}, "ends after 72 steps, and trainer.min_epochs"),
     "reload": ({}, {"reload_dataloaders_every_n_epochs": 1}, "reloaded data loaders"),
 }
 

@@ -197,7 +197,7 @@ def test_a_curve_of_nobody_is_refused(experiment: Path, cli: Cli) -> None:
         ("row: dense", "row: dens", "rows[1].goal names row 'dens'; rows before it are dense"),
         ("value: layers.0.kept", "value: layers.9.kept", "'layers.9.kept'"),
         ("{name: start, overrides", "{name: start, command: fly, overrides", "'fly' is unknown"),
-        ("{name: start, overrides: {method: null}}", "{name: start}", "stages[0] needs name and overrides"),
+        ("{name: start, overrides: {method: null}}", "{name: start}", "stages[0] lacks overrides"),
     ],
 )
 def test_links_that_lead_nowhere(old: str, new: str, told: str, experiment: Path, cli: Cli) -> None:
@@ -228,3 +228,53 @@ def test_experiments_that_are_none(
     assert not Path("results").exists()
     with pytest.raises(Exception, match="no file"):
         record(Path("nowhere.yaml"))
+
+
+def test_a_finished_run_is_not_taken_for_another(experiment: Path, cli: Cli) -> None:
+    short = EXPERIMENT.replace("seeds: [0, 1]", "seeds: [0]")
+    experiment.write_text(short, encoding="utf-8")
+    assert cli("record", experiment, "--work", "work", "--results", "results").code == 0
+    before = Path("results/tiny_pruning.json").read_text(encoding="utf-8")
+    # The rows change places: what was row 0 is row 1 now.
+    head, dense, pruned = short.partition("  - {method: dense")[0], *short.partition("rows:\n")[2].split("\n", 1)
+    experiment.write_text(head + pruned + dense + "\n", encoding="utf-8")
+    ended = cli("record", experiment, "--work", "work", "--results", "results")
+    assert ended.code == 2
+    assert "row0-seed0 holds a finished run of another command" in ended.err
+    assert "choose another --work" in ended.err
+    assert Path("results/tiny_pruning.json").read_text(encoding="utf-8") == before
+
+
+BROKEN = {
+    "seeds": ("seeds: [0, 1]", "seeds: 3", "seeds is 3"),
+    "seed text": ("seeds: [0, 1]", "seeds: [a]", "seeds is ['a']"),
+    "overrides": ("overrides: {method: null}", "overrides: null", "rows[0].overrides is None"),
+    "rows": ("  - {name: d", "  - dense\n  - {name: d", "rows must be a list of entries"),
+    "goal": ("goal: 100", "goal: low", "rows[1].goal is 'low'"),
+    "no plus": ("goal: 100", "goal: {row: d}\n", "rows[1].goal is {'row': 'd'}"),
+    "key": ("method.pattern: 2:4", "method.pattrn: 2:4", "row1-seed0: command line: unknown key 'pattrn'"),
+    "curve": ("model: MLP", "model: MLP\ncurves: [{title: t}]", "curves[0] lacks lines, list"),
+    "names": ("  - method: PruneFinetune", "  - name: d\n    method: PruneFinetune", "two stages or rows have the name 'd'"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_bad_experiment_is_refused_before_anything_runs(name: str, experiment: Path, cli: Cli) -> None:
+    old, new, told = BROKEN[name]
+    text = EXPERIMENT.replace("{method: dense", "{name: d, method: dense")
+    experiment.write_text(text.replace(old, new), encoding="utf-8")
+    assert experiment.read_text(encoding="utf-8") != text
+    ended = cli("record", experiment, "--work", "work", "--results", "results")
+    assert ended.code == 2
+    assert told in ended.err
+    assert not Path("work").exists()
+
+
+def test_a_value_that_is_no_number_is_refused(experiment: Path, cli: Cli) -> None:
+    text = EXPERIMENT.replace("seeds: [0, 1]", "seeds: [0]")
+    experiment.write_text(text.replace("{method: dense", "{value: recipe.x, method: dense"), encoding="utf-8")
+    ended = cli("record", experiment, "--work", "work", "--results", "results")
+    assert "no 'recipe.x' in its metrics: there is no 'x' among nothing" in ended.err
+    experiment.write_text(text.replace("{method: dense", "{value: recipe, method: dense"), encoding="utf-8")
+    ended = cli("record", experiment, "--work", "work", "--results", "results")
+    assert "has 'tiny' at 'recipe' in its metrics, which is no finite number" in ended.err

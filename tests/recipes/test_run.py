@@ -160,3 +160,26 @@ def test_only_expected_warnings_are_silenced() -> None:
         assert logger.isEnabledFor(logging.WARNING)
         assert not logger.isEnabledFor(logging.INFO)
     assert logger.isEnabledFor(logging.INFO)
+
+
+def test_flops_of_a_shortened_model_are_compared_with_the_whole_one(tiny: Path, cli: Cli) -> None:
+    text = tiny.read_text(encoding="utf-8")
+    text = text.replace(
+        "{class_path: MLP, init_args: {in_features: 64, hidden: [16, 16], num_classes: 10}}",
+        "{class_path: SmallResNet, init_args: {depth: 20, widths: [2, 2, 2], in_channels: 1}}",
+    )
+    text = text[: text.index("method:")] + "trainer: {max_epochs: 1, limit_train_batches: 6}\n"
+    tiny.write_text(text, encoding="utf-8")
+    removal = "[{class_path: DepthPruning, init_args: {blocks: 1, start: 2st, end: 3st, batches: 1}}]"
+    found = []
+    for out, more in {"whole": [], "short": ["--callbacks", removal]}.items():
+        ended = cli("run", tiny, *more, "--out", out)
+        assert ended.code == 0, ended.err
+        found.append(json.loads(Path(out, "metrics.json").read_text()))
+    whole, short = found
+    assert list(short["method"]["removed"].values()) == ["deleted"]
+    assert short["flops"]["dense"] == whole["flops"]["dense"] == whole["flops"]["sparse"]
+    (block,) = short["method"]["removed"]
+    side = 8 // 2 ** (int(block[len("network.layer")]) - 1)  # images of 8 x 8, halved from stage to stage
+    # two convolutions of 3 x 3 from 2 to 2 channels, a multiply and an add at every pixel
+    assert short["flops"]["dense"] - short["flops"]["sparse"] == 2 * (2 * 9 * 2 * 2) * side**2

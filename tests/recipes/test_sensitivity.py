@@ -62,6 +62,13 @@ def test_the_twin_is_trained_once_and_a_scan_allocates(tiny: Path, cli: Cli) -> 
     assert read("run/metrics.json")["sparsity"]["kept"] == 1280 - 1024
 
 
+def test_a_directory_that_cannot_be_is_refused_before_anything_is_measured(tiny: Path, cli: Cli) -> None:
+    Path("out").write_text("a file", encoding="utf-8")
+    ended = cli("sensitivity", tiny, "--out", "out")
+    assert (ended.code, "dense twin" in ended.out) == (2, False)
+    assert "--out out cannot be a directory" in ended.err
+
+
 @pytest.mark.filterwarnings("ignore:Total length of `list`")  # Lightning, of a run without validation
 def test_the_test_set_where_there_is_no_validation(tiny: Path) -> None:
     found, _, _ = sensitivity(tiny, ["--data.validation", "0"], Path("out"), batches=1, progress=False)
@@ -77,6 +84,7 @@ def test_the_test_set_where_there_is_no_validation(tiny: Path) -> None:
         (["sensitivity", "tiny.yaml", "--parameters", "1"], "--parameters 1"),
         (["sensitivity", "tiny.yaml", "--init_from", "nowhere"], "'nowhere' is no file"),
         (["sensitivity", "tiny.yaml", "--unit"], "unit"),
+        (["sensitivity", "tiny.yaml", "--method.criterion", "taylor"], "Taylor scores from data that a scan does not stream"),
         (["sensitivity"], "the recipe comes first"),
         (["predict", "tiny.yaml", "--samples", "7"], "7 samples are too few"),
         (["predict", "tiny.yaml", "--samples", "0"], "--samples 0"),

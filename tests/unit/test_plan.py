@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sparsetrain.cli import main
+from sparsetrain.errors import SparsetrainError
 from sparsetrain.recipe import load_recipe, plan, run
 from sparsetrain.recipe.build import instantiate
 
@@ -188,3 +189,40 @@ def test_a_dense_recipe_has_no_plan(vision: Path, capsys: pytest.CaptureFixture[
         main(["plan", str(vision), "--method", "null"])
     assert ended.value.code == 2
     assert "no method" in capsys.readouterr().err
+
+
+def other(path: Path, method: str) -> Path:
+    """The recipe with another method."""
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text[: text.index("method:")] + f"method: {method}\n" + text[text.index("trainer:") :], encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("settings", ["", "decrease_until: 50%, ", "start: 3st, "])
+def test_learned_masks_are_planned_as_they_end(settings: str, vision: Path, tmp_path: Path) -> None:
+    recipe = other(vision, f"{{class_path: NMTraining, init_args: {{{settings}pattern: 1:4, freeze: 60%}}}}")
+    found, metrics = plan(recipe), run(recipe, [], tmp_path / "out")
+    # three of every four of 64 * 24 + 24 * 16 weights
+    assert (found.problems, found.pruned, found.prunable) == ([], 1440, 1920)
+    assert metrics["sparsity"]["kept"] == 480
+    assert found.flops == metrics["flops"]
+    assert found.flops["sparse"] < found.flops["dense"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ("{class_path: KeepMasks}", "nothing says how sparse"),
+        ("{class_path: DynamicSparse, init_args: {update: {every: 2st}}}", "nothing says how sparse"),
+        (
+            "{class_path: PruneFinetune, init_args: {sparsity: 0.5, criterion: movement, schedule: {class_path: OneShot}}}",
+            "watches training and has seen none at step 0",
+        ),
+    ],
+)
+def test_what_a_run_would_refuse_is_a_problem_of_its_plan(method: str, says: str, vision: Path, tmp_path: Path) -> None:
+    recipe = other(vision, method)
+    (problem,) = plan(recipe).problems
+    assert says in problem
+    with pytest.raises(SparsetrainError):
+        run(recipe, [], tmp_path / "out")

@@ -120,6 +120,14 @@ def test_the_criterion_decides_what_goes() -> None:
     assert (found.rows[0].loss, found.criterion) == (11.0, "reversed")
 
 
+def test_a_criterion_that_looks_at_the_model_is_shown_it() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(5, 4)
+    manager = MaskManager(model, ALL)
+    found = scan(manager, lambda: {"loss": float(model(x).square().sum())}, (0.5,), "lookahead")
+    assert [row.pruned for row in found.rows] == [6, 3]
+
+
 def test_json_and_back(tmp_path: Path) -> None:
     path = tmp_path / "scan.json"
     rows = [ScanRow("a", "unstructured", 0.5, 1, 2, 1.5, {"accuracy": 0.5}), ScanRow("a", "neurons", 0.9, 1, 2, math.inf)]
