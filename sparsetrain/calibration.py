@@ -227,7 +227,8 @@ def _at_rest(model: nn.Module, targets: Sequence[nn.Parameter], gradients: bool)
             module.training = mode
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+                if name in buffers:  # a cache that the first forward pass makes is none of ours
+                    buffer.copy_(buffers[name])
 
 
 @contextmanager

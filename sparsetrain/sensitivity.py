@@ -168,7 +168,7 @@ def _alone(tensor: MaskedTensor, pattern: Pattern, sparsity: Sparsity, criterion
     try:
         with torch.no_grad():
             parameter.masked_fill_(~alive, 0.0)
-        yield int((~alive).sum())
+        yield int((~alive if tensor.mask is None else ~alive | ~tensor.mask).sum())
     finally:
         with torch.no_grad():
             # Looked up anew: evaluating may have moved the model to a device and back.

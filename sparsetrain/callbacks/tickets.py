@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -223,7 +224,7 @@ class Control:
         path = ticket_file(Path(self.tickets), origin)
         if not path.is_file():
             raise RecipeError(f"control.tickets {self.tickets!r} has no round {origin} ({path.name}); lower rounds.count")
-        saved = read_masks(path)
+        saved = _read(path, path.stat().st_mtime_ns)
         check_names(saved, {tensor.name: tensor.target.shape for tensor in manager}, str(path))
         for tensor in manager:
             if saved[tensor.name].pattern != str(tensor.pattern):
@@ -250,6 +251,11 @@ class Control:
 def ticket_file(run: Path, number: int) -> Path:
     """Where a run keeps a round's masks. Example: ``ticket_file(Path("a"), 3)`` is ``a/tickets/round_03.safetensors``."""
     return run / "tickets" / f"round_{number:02d}.safetensors"
+
+
+@lru_cache(maxsize=32)  # every tensor of every round asks
+def _read(path: Path, changed: int) -> dict[str, SavedMask]:
+    return read_masks(path)
 
 
 def save_ticket(run: Path, number: int, masks: Mapping[str, SavedMask]) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sparsetrain.callbacks import SparsityCallback
+from sparsetrain.depth import remove_again
 from sparsetrain.errors import MaskStateError, RecipeError, SparsetrainError, nearest
 from sparsetrain.masks.verification import adopt_zeros
 from sparsetrain.recipe.schema import recipe_parser
@@ -58,6 +59,8 @@ def build(config: Namespace, *, load: bool = True) -> Built:
     """
     model, data = instantiate(config, "model"), instantiate(config, "data")
     method, callbacks = instantiate(config, "method"), instantiate(config, "callbacks")
+    if config.init_from is not None and load:
+        shorten(Path(config.init_from), model)
     if method is not None:
         rivals = [type(c).__name__ for c in callbacks or [] if isinstance(c, SparsityCallback)]
         if rivals:
@@ -128,6 +131,13 @@ def check_weights(path: Path, weights: dict[str, Any], model: nn.Module) -> None
         raise MaskStateError(
             f"{path} is of another model: it lacks {missing[0]!r}" + f" and {len(missing) - 1} more" * (len(missing) > 1)
         )
+
+
+def shorten(path: Path, model: nn.Module) -> None:
+    """Remove from a model the residual blocks that were removed from the one whose weights these are."""
+    for state in (read_weights(path).get("callbacks") or {}).values():
+        if isinstance(state, dict) and state.get("removed"):
+            remove_again(model, state["removed"])
 
 
 def start_from(path: Path, model: nn.Module, method: SparsityCallback | None) -> None:

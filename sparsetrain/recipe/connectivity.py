@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsetrain.callbacks.files import written
 from sparsetrain.connectivity import Barrier, barrier
 from sparsetrain.errors import RecipeError
-from sparsetrain.recipe.build import check_weights, instantiate, read_weights, require_lightning
+from sparsetrain.recipe.build import check_weights, instantiate, read_weights, require_lightning, shorten
 from sparsetrain.recipe.metrics import silent_trainer
 from sparsetrain.recipe.quiet import quiet
 from sparsetrain.recipe.schema import load_recipe
@@ -41,6 +41,7 @@ def between(run_a: Path, run_b: Path, out: Path | None = None, points: int = 11,
     config = load_recipe(run_a / "config.yaml")
     with quiet():
         model, data = require_lightning(instantiate(config, "model")), instantiate(config, "data")
+        shorten(run_a, model)
         states = [read_weights(run)["state_dict"] for run in (run_a, run_b)]
         for run, state in zip((run_a, run_b), states, strict=True):
             check_weights(run, state, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from sparsetrain import depth
 from sparsetrain.callbacks import PruneFinetune
 from sparsetrain.callbacks.depth_pruning import DepthPruning
-from sparsetrain.depth import Block, bypass, choose, find_blocks, remove, sensitivity
+from sparsetrain.depth import Block, bypass, choose, find_blocks, removal, remove, remove_again, sensitivity
+from sparsetrain.depth import blocks as depth_blocks
 from sparsetrain.errors import DivergedError, MaskStateError, PatternError, RecipeError, TargetError
 from sparsetrain.schedules import OneShot
 from sparsetrain.targets import Targets
@@ -264,7 +265,7 @@ def test_a_pass_that_changes_is_refused_and_undone() -> None:
 def test_without_the_configuration_the_shorter_model_does_not_load_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(depth, "setattr", lambda *args: None, raising=False)
+    monkeypatch.setattr(removal, "setattr", lambda *args: None, raising=False)
     model = MODELS["Llama"]().eval()
     ids = torch.randint(0, 16, (2, 6))
     remove(model, find_blocks(model, lambda: model(ids))[1:3], lambda: model(ids))
@@ -295,7 +296,7 @@ def test_the_block_that_does_nothing_goes_first(capsys: pytest.CaptureFixture[st
 
 
 def test_without_measuring_another_block_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(depth, "sensitivity", lambda model, blocks, evaluate: {b.name: 0.0 for b in blocks})
+    monkeypatch.setattr(depth_blocks, "sensitivity", lambda model, blocks, evaluate: {b.name: 0.0 for b in blocks})
     method = DepthPruning(1, start="0st", end="0st")
     trainer(method).fit(stack(identity=3), batches())
     assert list(method.bypassed) == ["blocks.0"]
@@ -444,3 +445,23 @@ def test_an_early_end_and_a_foreign_checkpoint_are_told(tmp_path: Path) -> None:
     torch.save(saved, tmp_path / "some.ckpt")
     with pytest.raises(MaskStateError, match=r"bypassed layers\.7"):
         trainer(DepthPruning()).fit(stack(), batches(), ckpt_path=tmp_path / "some.ckpt", weights_only=True)
+
+
+def test_a_model_built_anew_is_shortened_the_same_way() -> None:
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
+    for kind in ("deleted", "passed through"):
+        torch.manual_seed(0)
+        short, fresh = Stack(), Stack()
+        if kind == "deleted":
+            gone = remove(short, [Block("blocks.1"), Block("blocks.3")], partial(short.eval(), x))
+        else:
+            gone = {"blocks.1": kind, "blocks.3": kind}
+            remove_again(short, gone)
+        assert set(gone.values()) == {kind}
+        with pytest.raises(RuntimeError, match=r"Missing key|Unexpected key"):
+            fresh.load_state_dict(short.state_dict())
+        remove_again(fresh, gone)
+        fresh.load_state_dict(short.state_dict())
+        assert torch.equal(fresh.eval()(x), short.eval()(x))
+    with pytest.raises(TargetError, match=r"blocks\.9"):
+        remove_again(Stack(), {"blocks.9": "deleted"})

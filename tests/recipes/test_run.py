@@ -183,3 +183,19 @@ def test_flops_of_a_shortened_model_are_compared_with_the_whole_one(tiny: Path, 
     side = 8 // 2 ** (int(block[len("network.layer")]) - 1)  # images of 8 x 8, halved from stage to stage
     # two convolutions of 3 x 3 from 2 to 2 channels, a multiply and an add at every pixel
     assert short["flops"]["dense"] - short["flops"]["sparse"] == 2 * (2 * 9 * 2 * 2) * side**2
+
+
+def test_a_shortened_network_is_the_start_of_another_run(cli: Cli) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "digits_depth.yaml"
+    short = ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "6", "--data.batch_size", "20"]
+    small = ["--model.network.widths", "[4,4]", "--model.network.depth", "14"]
+    assert cli("run", recipe, *short, *small, "--out", "short").code == 0
+    removed = metrics("short")["method"]["removed"]
+    assert len(removed) == 3
+    method = ["--callbacks", "[]", "--method", '{"class_path": "PruneFinetune", "init_args": {"sparsity": 0.5}}']
+    ended = cli(
+        "run", recipe, *short, *small, *method, "--method.schedule", "OneShot", "--init_from", "short", "--out", "sparse"
+    )
+    assert ended.code == 0, ended.err
+    names = {layer["name"] for layer in metrics("sparse")["layers"]}
+    assert len(names) == 1 + 2 * (6 - 3)
