@@ -185,7 +185,8 @@ def test_flops_of_a_shortened_model_are_compared_with_the_whole_one(tiny: Path, 
     assert short["flops"]["dense"] - short["flops"]["sparse"] == 2 * (2 * 9 * 2 * 2) * side**2
 
 
-def test_a_shortened_network_is_the_start_of_another_run(cli: Cli) -> None:
+def test_a_shortened_network_is_the_start_of_another_run(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     recipe = Path(__file__).parents[2] / "recipes" / "digits_depth.yaml"
     short = ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "6", "--data.batch_size", "20"]
     small = ["--model.network.widths", "[4,4]", "--model.network.depth", "14"]
