@@ -235,6 +235,18 @@ def reinitialize(model: nn.Module, seed: int) -> None:
     restore(streams)
 
 
+@torch.no_grad()
+def check_another(model: nn.Module, seed: int) -> None:
+    """Raise `RecipeError` if initializing under ``seed`` gives the very weights that the model has now: no control at all."""
+    own = {name: value.clone() for name, value in (*model.named_parameters(), *model.named_buffers())}
+    reinitialize(model, seed)
+    same = all(torch.equal(p, own[name]) for name, p in model.named_parameters())
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        value.copy_(own[name])
+    if same:
+        raise RecipeError(f"control.seed {seed} gives the initialization that the tickets have already; choose another number")
+
+
 def tell_epochs(trainer: Trainer, epoch_of: Callable[[int], int] | None) -> None:
     """Let samplers that shuffle by epoch be told ``epoch_of(epoch)`` from now on; None ends it.
 

@@ -14,7 +14,7 @@ from typing import Literal
 from lightning.pytorch import Trainer
 
 from sparsetrain.callbacks.files import written
-from sparsetrain.callbacks.rewinding import Rewind
+from sparsetrain.callbacks.rewinding import Rewind, check_another
 from sparsetrain.criteria.random import random_scores
 from sparsetrain.errors import MaskStateError, RecipeError, nearest
 from sparsetrain.masks import MaskedTensor, MaskManager, read_masks, save_masks
@@ -214,9 +214,11 @@ class Control:
             raise RecipeError(f"control 'reinit' starts anew, and cannot rewind to {rewind.to!r}; set rewind.to to 0st")
 
     def check(self, trainer: Trainer) -> None:
-        """Raise `RecipeError` if a run would write over the tickets it reads."""
+        """Raise `RecipeError` if a run would write over the tickets it reads, or initialize just as they were."""
         if Path(self.tickets).resolve() == Path(trainer.default_root_dir).resolve():
             raise RecipeError(f"control.tickets {self.tickets!r} is where this run writes its own; choose another --out")
+        if self.kind == "reinit":
+            check_another(trainer.lightning_module, self.seed)
 
     def masks(self, number: int, manager: MaskManager) -> dict[str, SavedMask]:
         """A round's masks in the ticket run. Raises `RecipeError` for a missing round, `MaskStateError` for another model's."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from sparsetrain.callbacks import KeepMasks
 from sparsetrain.callbacks.exact_resume import capture, restore
 from sparsetrain.callbacks.lottery import LotteryTickets
-from sparsetrain.callbacks.rewinding import Rewind, reinitialize
+from sparsetrain.callbacks.rewinding import Rewind, check_another, reinitialize
 from sparsetrain.callbacks.tickets import Control, Lost, TicketRounds, ticket_file
 from sparsetrain.data import VisionData
 from sparsetrain.data.loading import ResumableDataModule, ResumableLoader, TensorSet
@@ -613,6 +613,18 @@ def test_reinit_has_the_masks_of_the_ticket_and_weights_of_its_own(ticket_run: P
         same_bits(look.seen[epoch], expected)
     with pytest.raises(AssertionError):
         same_bits(look.seen[3], {**look.seen[0]})
+
+
+def test_reinit_under_the_seed_of_the_tickets_is_refused(ticket_run: Path, tmp_path: Path) -> None:
+    torch.manual_seed(11)
+    module = tickets_task(seed=11)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(RecipeError, match="seed 11 gives the initialization"):
+        check_another(module, 11)
+    check_another(module, 12)
+    same_bits(module.state_dict(), before)
+    with pytest.raises(RecipeError, match="another number"):
+        fit(lottery(control=Control("reinit", str(ticket_run), seed=0)), tmp_path)
 
 
 def test_random_has_as_many_weights_elsewhere_and_the_first_initialization(ticket_run: Path, tmp_path: Path) -> None:
