@@ -94,6 +94,8 @@ class MaskManager:
 
     def __iter__(self) -> Iterator[MaskedTensor]:
         sharding.reshard(self.model)
+        for tensor in self.tensors.values():
+            tensor.go_along()
         return iter(self.tensors.values())
 
     @property

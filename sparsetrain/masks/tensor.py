@@ -63,6 +63,13 @@ class MaskedTensor:
         """The plain name of the tensor."""
         return self.target.name
 
+    def go_along(self) -> None:
+        """Move the mask to where the weight is: trainers move models after masks were made, and back at the end."""
+        if self.mask is not None:
+            device = sharding.local(self.target.parameter).device
+            if self.mask.device != device:
+                self.mask = self.mask.to(device)
+
     def full_mask(self) -> Tensor:
         """The whole mask, stored layout, gathered if sharded (then every rank must call it)."""
         parameter = self.target.parameter

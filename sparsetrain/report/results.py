@@ -101,19 +101,42 @@ def _cell(value: object) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _row_markdown(row: Mapping[str, Any]) -> str:
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row's cells by column, in the order they are shown."""
     digits = 2 if abs(row["mean"]) >= 1 else 4
-    ours = f"{row['mean']:.{digits}f}"
-    if len(row["values"]) > 1:
-        ours += f" ± {row['sd']:.{digits}f} ({len(row['values'])} seeds)"
-    removed = "–" if row["sparsity"] is None else f"{100 * row['sparsity']:.4g} % ({row['compression']:.4g}×)"
-    goal = "–" if row["goal"] is None else ("≥ " if row["higher_is_better"] else "≤ ") + _cell(row["goal"])
+    many = len(row["values"]) > 1
     published = _cell(row["published"])
     if row["source"] and row["published"] is not None:
         published += f" ({_cell(row['source'])})"
-    met = {True: "yes", False: "**no**", None: "–"}[row["met"]]
-    left = [_cell(row[key]) for key in ("method", "model", "data", "pattern")]
-    return "| " + " | ".join([*left, removed, _cell(row["metric"]), ours, published, goal, met]) + " |"
+    return {
+        **{key: _cell(row[key]) for key in ("method", "model", "data", "pattern")},
+        "removed": "–" if row["sparsity"] is None else f"{100 * row['sparsity']:.4g} % ({row['compression']:.4g}×)",
+        "metric": _cell(row["metric"]),
+        "seeds": f"{len(row['values'])} seeds" if many else "1 seed",
+        "ours": f"{row['mean']:.{digits}f}" + (f" ± {row['sd']:.{digits}f}" if many else ""),
+        "published": published,
+        "goal": "–" if row["goal"] is None else ("≥ " if row["higher_is_better"] else "≤ ") + _cell(row["goal"]),
+        "met": {True: "yes", False: "**no**", None: "–"}[row["met"]],
+    }
+
+
+_NUMBERS = ("removed", "ours", "goal")
+#: Told once above the table where they are the same in every row.
+_COMMON = ("model", "data", "pattern", "metric", "seeds")
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What all rows have in common in one line, then a table of the rest; columns that say nothing are left out."""
+    cells = [_cells(row) for row in rows]
+    values = {key: {row[key] for row in cells} for key in cells[0]}
+    common = [next(iter(values[key])) for key in _COMMON if len(values[key]) == 1 and len(rows) > 1]
+    shown = [
+        key for key, found in values.items() if found != {"–"} and not (key in _COMMON and len(found) == 1 and len(rows) > 1)
+    ]
+    lines = [shown, ["---:" if key in _NUMBERS else "---" for key in shown], *([row[key] for key in shown] for row in cells)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    told = "; ".join(part for part in common if part != "–")
+    return f"{told}\n\n{table}" if told else table
 
 
 def results_markdown(paths: Sequence[Path]) -> str:
@@ -128,14 +151,11 @@ def results_markdown(paths: Sequence[Path]) -> str:
         result = load_result(path)
         if problems := check_result(result):
             raise RecipeError(f"{path} does not follow from its numbers: {'; '.join(problems)}. Correct the file.")
-        rows = "\n".join(_row_markdown(row) for row in result["rows"])
         minutes = "" if result["seconds"] is None else f", {max(1, round(result['seconds'] / 60))} min"
         picture = f"\n\n![{result['question']}](recipes/results/{path.stem}.png)" if "curves" in result else ""
         sections.append(
-            f"**{result['question']}**\n\n"
-            "| method | model | data | pattern | removed | metric | ours | published | goal | met |\n"
-            "|---|---|---|---|---:|---|---:|---|---:|---|\n"
-            f"{rows}\n\n`{result['command']}` ({result['date']}, {result['machine']}{minutes}){picture}"
+            f"**{result['question']}**\n\n{_table(result['rows'])}\n\n"
+            f"`{result['command']}` ({result['date']}, {result['machine']}{minutes}){picture}"
         )
     return "\n\n".join(sections)
 

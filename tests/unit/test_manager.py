@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsetrain.errors import PatternError, SparsetrainError, TargetError
-from sparsetrain.masks import MaskManager, Override
+from sparsetrain.masks import MaskedTensor, MaskManager, Override
 from sparsetrain.patterns import NM, Block, Slices
 from sparsetrain.pruning import prune
 from sparsetrain.targets import Targets
@@ -334,3 +334,18 @@ def test_errors_name_the_value_and_the_way_out(
     with pytest.raises(kind) as caught:
         broken()
     assert [text for text in says if text not in str(caught.value)] == []
+
+
+def test_masks_go_where_the_model_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def moved() -> MaskManager:
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        manager = MaskManager(model, pattern="2:4")
+        prune(manager, 0.5)
+        model.to("meta")  # as good as a GPU: tensors of two devices do not meet
+        return manager
+
+    manager = moved()
+    manager.enforce()
+    assert {mask.device.type for mask in manager.masks.values()} == {"meta"}
+    monkeypatch.setattr(MaskedTensor, "go_along", lambda self: None)
+    assert {mask.device.type for mask in moved().masks.values()} == {"cpu"}

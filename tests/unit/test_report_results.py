@@ -82,7 +82,7 @@ def test_the_readme_block_is_rewritten_checked_and_left_alone_otherwise(tmp_path
     command = [sys.executable, "-W", "error", "-m", "sparsetrain.report.results", str(readme), str(path)]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
     text = readme.read_text()
-    row = "| gmp | LeNet-300-100 | digits | unstructured | 90 % (10×) | error % | 2.00 ± 1.00 (3 seeds) |"
+    row = "| gmp | LeNet-300-100 | digits | unstructured | 90 % (10×) | error % | 3 seeds | 2.00 ± 1.00 |"
     assert f"{row} 2.1 (Han 2015) | ≤ 2.5 | yes |" in text
     assert text.startswith(f"# Title\n\n{BEGIN}\n**Does it hold?**")
     assert text.endswith(f"(2026-07-14, 2 cores, 2 min)\n{END}\n\nafter\n")
