@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from sparsetrain.allocation import Allocation, Share, get_allocation
-from sparsetrain.criteria import Criterion, Known, get_criterion
+from sparsetrain.criteria import Criterion, Known, StatisticsCriterion, get_criterion
 from sparsetrain.errors import PatternError
 from sparsetrain.masks import MaskManager, sharding
 from sparsetrain.masks.tensor import MaskChange, MaskedTensor
-from sparsetrain.patterns import Sparsity, exact
+from sparsetrain.patterns import Sparsity, Unstructured, exact
 
 
 def final_sparsity(tensor: MaskedTensor, sparsity: Sparsity | None) -> Sparsity:
@@ -53,6 +55,7 @@ def prune(
     criterion: Criterion | str = "magnitude",
     allocation: Allocation | str = "uniform",
     own: Mapping[str, Sparsity] | None = None,
+    only: Collection[str] | None = None,
     regrow: bool = True,
     step: int = 0,
     why: str = "prune",
@@ -67,6 +70,7 @@ def prune(
         criterion: a `Criterion` or its name; one that needs data has been shown some (`sparsetrain.calibration`).
         allocation: an `Allocation` or its name.
         own: sparsities of single tensors, outside the common budget; by default the goals their overrides set.
+        only: names of the tensors to prune now, which then share the budget; by default all.
         regrow: False leaves a tensor as it is that would be less sparse than now.
         step: recorded with the change.
         why: recorded with the change.
@@ -77,35 +81,104 @@ def prune(
     Example: ``prune(manager, 0.9, criterion="magnitude", allocation="global")``.
     """
     score, spread = get_criterion(criterion), get_allocation(allocation)
+    tensors = [t for t in manager if only is None or t.name in only]
     if own is None:
-        own = {t.name: t.goal for t in manager if t.goal is not None}
+        own = {t.name: t.goal for t in tensors if t.goal is not None}
         validate(manager, sparsity, together=spread.pooled)
-        score.prepare(manager.model, [Known.of(t) for t in manager])
+        score.prepare(manager.model, [part for t in tensors for part in parts_of(t, score)])
     # A score that looks at other weights is of the model as it is before any of them goes.
-    asked = [t for t in manager if own.get(t.name, 1) or t.mask is not None]
+    asked = [t for t in tensors if own.get(t.name, 1) or t.mask is not None]
     ahead = {} if score.elementwise else {t.name: _scores(t, score, step) for t in asked}
 
     def scores(tensor: MaskedTensor) -> Tensor:
         return ahead[tensor.name] if tensor.name in ahead else _scores(tensor, score, step)
 
-    shared = [t for t in manager if t.name not in own]
-    reduce = sharding.reducer([t.target.parameter for t in shared])
-    by_goal: dict[Sparsity, list[MaskedTensor]] = {}
-    for tensor in shared:
-        by_goal.setdefault(final_sparsity(tensor, sparsity), []).append(tensor)
-    plan: dict[str, Sparsity] = dict(own)
-    for goal, tensors in by_goal.items():
-        plan |= spread([_share(t, scores, whole=reduce is None) for t in tensors], goal, reduce)
+    plan = _plan(tensors, sparsity, spread, own, scores)
     if not regrow:
         plan = {name: max(manager[name].sparsity, exact(value)) for name, value in plan.items()}
     changes = []
-    for tensor in manager:
+    for tensor in tensors:
         if plan[tensor.name] or tensor.mask is not None:
+            solved = _solve(manager, tensor, score, plan[tensor.name], step, why)
+            if solved is not None:
+                changes.append(solved)
+                continue
             before = None if type(score).compensate is Criterion.compensate else tensor.target.parameter.detach().clone()
             changes.append(manager.update(tensor.name, plan[tensor.name], scores(tensor), step=step, why=why))
             if before is not None and changes[-1].died:
                 _compensate(manager, tensor, score, sharding.local(before))
     return changes
+
+
+@torch.no_grad()
+def allocate(
+    manager: MaskManager,
+    sparsity: Sparsity | None = None,
+    *,
+    criterion: Criterion | str = "magnitude",
+    allocation: Allocation | str = "uniform",
+    own: Mapping[str, Sparsity] | None = None,
+    step: int = 0,
+) -> dict[str, Sparsity]:
+    """The sparsity that `prune` would give each tensor, nothing changed; ``own`` and the rest as there.
+
+    Example: ``allocate(manager, 0.9, allocation="erk")``; its result is an ``own`` for `prune`.
+    """
+    score = get_criterion(criterion)
+    goals = {t.name: t.goal for t in manager if t.goal is not None} if own is None else own
+    return _plan(list(manager), sparsity, get_allocation(allocation), goals, lambda t: _scores(t, score, step))
+
+
+def _plan(
+    tensors: Sequence[MaskedTensor],
+    sparsity: Sparsity | None,
+    spread: Allocation,
+    own: Mapping[str, Sparsity],
+    scores: Callable[[MaskedTensor], Tensor],
+) -> dict[str, Sparsity]:
+    shared = [t for t in tensors if t.name not in own]
+    reduce = sharding.reducer([t.target.parameter for t in shared])
+    by_goal: dict[Sparsity, list[MaskedTensor]] = {}
+    for tensor in shared:
+        by_goal.setdefault(final_sparsity(tensor, sparsity), []).append(tensor)
+    plan = {t.name: own[t.name] for t in tensors if t.name in own}
+    for goal, alike in by_goal.items():
+        plan |= spread([_share(t, scores, whole=reduce is None) for t in alike], goal, reduce)
+    return plan
+
+
+def parts_of(tensor: MaskedTensor, criterion: Criterion) -> list[Known]:
+    """What a criterion is bound to: the tensor, or where it looks at inputs and experts are fused, each expert by itself."""
+    by_part = isinstance(criterion, StatisticsCriterion) and criterion.needs == "input"
+    return Known.parts(tensor) if by_part else [Known.of(tensor)]
+
+
+def _solve(
+    manager: MaskManager, tensor: MaskedTensor, criterion: Criterion, sparsity: Sparsity, step: int, why: str
+) -> MaskChange | None:
+    """Let a criterion that solves choose the mask and move the weights; None where it only scores."""
+    if type(criterion).solve is Criterion.solve:
+        return None
+    view = tensor.target.layout.view
+    weight = view(tensor.target.parameter.detach())
+    alive = None if tensor.mask is None else view(tensor.mask)
+    names = [part.name for part in parts_of(tensor, criterion)]
+    # Experts divide what the tensor is to lose as evenly as whole numbers allow.
+    size = weight[0].numel() * (len(weight) // len(names))
+    bounds = [math.floor(exact(sparsity) * size * i) for i in range(len(names) + 1)]
+    even = len(names) == 1 or tensor.pattern != Unstructured()
+    found = []
+    for i, (name, rows) in enumerate(zip(names, weight.chunk(len(names)), strict=True)):
+        own = sparsity if even else Fraction(bounds[i + 1] - bounds[i], size)
+        kept = None if alive is None else alive.chunk(len(names))[i]
+        part = criterion.solve(rows, tensor.pattern, own, name=name, alive=kept)
+        if part is None:
+            return None
+        found.append(part)
+    mask, values = (view(torch.cat(both)) for both in zip(*found, strict=True))
+    change = manager.install(tensor.name, mask, sparsity, step=step, why=why)
+    manager.write(tensor.name, values)
+    return change
 
 
 def _compensate(manager: MaskManager, tensor: MaskedTensor, criterion: Criterion, before: Tensor) -> None:
@@ -117,6 +190,10 @@ def _compensate(manager: MaskManager, tensor: MaskedTensor, criterion: Criterion
 
 def _scores(tensor: MaskedTensor, criterion: Criterion, step: int) -> Tensor:
     parameter = tensor.target.parameter.detach()
+    parts = parts_of(tensor, criterion)
+    if parts[0].name != tensor.name:
+        view = tensor.target.layout.view
+        return view(torch.cat([criterion.score(p.parameter, name=p.name, step=step) for p in parts]))
     if criterion.elementwise or sharding.local(parameter) is parameter:
         return criterion.score(sharding.local(parameter), name=tensor.name, step=step)
     scores = criterion.score(sharding.full(parameter), name=tensor.name, step=step)

@@ -7,6 +7,7 @@ from sparsetrain.allocation.erk import ERK, erk_sparsities
 from sparsetrain.allocation.fixed import Fixed
 from sparsetrain.allocation.global_threshold import Global
 from sparsetrain.allocation.lamp import LAMP
+from sparsetrain.allocation.owl import OWL
 from sparsetrain.allocation.sensitivity import Sensitivity
 from sparsetrain.allocation.uniform import Uniform
 from sparsetrain.allocation.uniform_plus import UniformPlus
@@ -16,6 +17,7 @@ __all__ = [
     "ERK",
     "LAMP",
     "NAMES",
+    "OWL",
     "Allocation",
     "Fixed",
     "Global",
@@ -35,6 +37,7 @@ NAMES: dict[str, type[Allocation]] = {
     "global": Global,
     "erk": ERK,
     "lamp": LAMP,
+    "owl": OWL,
 }
 #: Those that need a file: ``"fixed:runs/x/allocation.json"``.
 FROM_FILE: dict[str, type[Fixed | Sensitivity]] = {"fixed": Fixed, "sensitivity": Sensitivity}

@@ -11,12 +11,15 @@ from sparsetrain.criteria.movement import Movement
 from sparsetrain.criteria.obs import OBS
 from sparsetrain.criteria.platon import PLATON
 from sparsetrain.criteria.random import Random, random_scores
+from sparsetrain.criteria.sparsegpt import SparseGPT
+from sparsetrain.criteria.wanda import RIA, Wanda
 from sparsetrain.errors import RecipeError, nearest
 
 __all__ = [
     "NAMES",
     "OBS",
     "PLATON",
+    "RIA",
     "SNIP",
     "APoZ",
     "ActivationMean",
@@ -29,8 +32,10 @@ __all__ = [
     "Movement",
     "Random",
     "Seen",
+    "SparseGPT",
     "StatisticsCriterion",
     "Taylor",
+    "Wanda",
     "get_criterion",
     "magnitude",
     "random_scores",
@@ -49,6 +54,9 @@ NAMES: dict[str, type[Criterion]] = {
     "activation": ActivationMean,
     "apoz": APoZ,
     "lookahead": Lookahead,
+    "wanda": Wanda,
+    "ria": RIA,
+    "sparsegpt": SparseGPT,
 }
 
 

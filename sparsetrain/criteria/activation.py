@@ -43,7 +43,7 @@ def apoz(zeros: Tensor, count: Tensor) -> Tensor:
 class _OfNeurons(StatisticsCriterion):
     """What is measured of each neuron's output, and spread over its weights."""
 
-    needs: ClassVar[Literal["gradient", "output"]] = "output"
+    needs: ClassVar[Literal["gradient", "output", "input"]] = "output"
 
     def prepare(self, model: nn.Module, tensors: Sequence[Known]) -> None:
         """Refuse layers whose outputs are not the weight's rows, and patterns that compare within a row."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.errors import RecipeError
-from sparsetrain.patterns import Pattern
+from sparsetrain.patterns import Pattern, Sparsity
 
 
 class Criterion(ABC):
@@ -49,6 +49,16 @@ class Criterion(ABC):
         """New values of the weights that stay, given those before pruning and the new mask; None leaves them as they are."""
         return None
 
+    def solve(
+        self, weight: Tensor, pattern: Pattern, sparsity: Sparsity, *, name: str, alive: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Mask and new values at once, for criteria that choose on weights they have already moved (SparseGPT).
+
+        ``weight`` is the whole tensor seen with outputs first, ``alive`` its present mask (None: dense); what is pruned already
+        stays so. None (the default) means: score, select, compensate.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class Known:
@@ -69,6 +79,23 @@ class Known:
         target = masked.target
         return cls(masked.name, target.module, target.attribute, masked.pattern, target.layout.transposed)
 
+    @classmethod
+    def parts(cls, masked: Any) -> list[Known]:
+        """The linear layers in a `MaskedTensor`: itself, or where experts are fused, ``name[0]``, ``name[1]``, ... one by one.
+
+        An expert looks like the weight of an `nn.Linear`; its values are those of the fused tensor.
+        """
+        layout, parameter = masked.target.layout, masked.target.parameter
+        if not layout.experts:
+            return [cls.of(masked)]
+        found = []
+        for index, expert in enumerate(parameter.detach()):
+            linear = nn.Linear(1, 1, bias=False, device="meta")
+            linear.weight = nn.Parameter(expert.transpose(0, 1) if layout.transposed else expert, requires_grad=False)
+            linear.out_features, linear.in_features = linear.weight.shape
+            found.append(cls(f"{masked.name}[{index}]", linear, "weight", masked.pattern))
+        return found
+
     @property
     def parameter(self) -> Tensor:
         """The parameter as it is now (sharding and ``.to()`` replace parameters)."""
@@ -85,13 +112,15 @@ class Known:
 class Seen:
     """One tensor in one batch (or one sample, where ``per_sample``): this rank's part, as stored.
 
-    ``output`` is what the tensor's layer gave, for criteria that need activations, else None; ``gradient`` likewise.
+    ``output`` is what the tensor's layer gave, for criteria that need activations, else None; ``gradient`` likewise;
+    ``input`` is what the layer multiplied, as it got it: (..., in) for linear layers, (N, in, *positions) for convolutions.
     """
 
     tensor: Known
     weight: Tensor
     gradient: Tensor | None = None
     output: Tensor | None = None
+    input: Tensor | None = None
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -105,12 +134,13 @@ class StatisticsCriterion(Criterion):
     Args:
         batches: how many batches are streamed when it calibrates (`source` "calibration"), at least 1.
 
-    ``needs``: ``"gradient"`` of the weight, or ``"output"`` of its layer. ``per_sample``: batches are cut into samples.
+    ``needs``: ``"gradient"`` of the weight, ``"output"`` of its layer, or the ``"input"`` that its layer multiplies.
+    ``per_sample``: batches are cut into samples.
     ``additive``: memory holds sums, which may be added over ranks. Memory is one dictionary of tensors for each tensor scored.
     """
 
     source: ClassVar[Literal["weights", "calibration", "training"]] = "calibration"
-    needs: ClassVar[Literal["gradient", "output"]] = "gradient"
+    needs: ClassVar[Literal["gradient", "output", "input"]] = "gradient"
     per_sample: ClassVar[bool] = False
     additive: ClassVar[bool] = True
 

@@ -60,6 +60,7 @@ REFUSED: dict[tuple[str, str, str], str] = {
         for kind in ("activation", "apoz")
         for p in ("unstructured:row", "2:4", "channels")
     },
+    ("*", "sparsegpt", "neurons"): "SparseGPT moves the weights that are left in a row",
     ("rounds", "*", "2:4"): "only sparsity 0.5 and cannot follow Rounds; use schedule OneShot",
     ("cubic, global", "*", "2:4"): "only sparsity 0.5 and cannot follow Cubic; use schedule OneShot",
     ("granet", "*", "unstructured:row"): "cannot follow the one threshold of rule 'granet'; use allocation 'uniform'",

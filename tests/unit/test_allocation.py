@@ -180,7 +180,7 @@ def test_patterns_fixed_by_rows_or_groups_cannot_follow_a_threshold(pattern: Pat
     [
         (
             lambda: get_allocation("globl"),
-            ["'globl'", "uniform, uniform_plus, global, erk, lamp, fixed:FILE", "Did you mean 'global'"],
+            ["'globl'", "uniform, uniform_plus, global, erk, lamp, owl, fixed:FILE", "Did you mean 'global'"],
         ),
         (
             lambda: Global()([share(torch.ones(4, 4)), share(torch.ones(4, 4), Block(2, 2))], 0.5),

@@ -58,7 +58,7 @@ def test_scores_do_not_touch_what_they_are_made_of() -> None:
     """Whoever writes into scores (the manager masks them) writes neither into weights nor into statistics."""
     for name, kind in NAMES.items():
         model = nn.Linear(3, 2, bias=False)
-        manager, criterion = MaskManager(model, pattern="neurons"), kind()
+        manager, criterion = MaskManager(model), kind()
         if isinstance(criterion, StatisticsCriterion):
             batch = torch.tensor([[1.0, 2.0, -3.0]])
             calibrate(manager, criterion, [batch] * 3, lambda batch, model=model: model(batch).square().sum())
@@ -121,7 +121,7 @@ def test_names_and_instances() -> None:
     own = Random(7)
     assert get_criterion(own) is own
     assert {name: type(get_criterion(name)) for name in NAMES} == NAMES
-    assert {name for name, kind in NAMES.items() if not kind.elementwise} == {"random", "obs", "lookahead"}
+    assert {name for name, kind in NAMES.items() if not kind.elementwise} == {"random", "obs", "lookahead", "ria"}
     with pytest.raises(RecipeError, match=r"'magnitud' is unknown.*magnitude, random.*Did you mean 'magnitude'\?"):
         get_criterion("magnitud")
 
