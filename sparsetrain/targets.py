@@ -38,17 +38,29 @@ _WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_mod
 class Layout:
     """How a stored tensor is seen as ``(out, in, *kernel)``: as it is, or transposed when inputs come first.
 
+    ``experts``: so many weights of one shape are stored in one tensor ``(experts, out, in)``; seen are the rows of all of
+    them, ``(experts * out, in)``. 0: it is one weight.
+
     Example: ``Layout(transposed=True).view(torch.zeros(3, 5)).shape`` is ``(5, 3)``; the view is its own inverse.
     """
 
     transposed: bool = False
+    experts: int = 0
 
     def view(self, tensor: Tensor) -> Tensor:
-        """A view with outputs first; applied twice it gives the stored order back."""
-        return tensor.transpose(0, 1) if self.transposed else tensor
+        """A view with outputs first (a copy where experts are transposed); applied twice it gives the stored order back."""
+        if not self.experts:
+            return tensor.transpose(0, 1) if self.transposed else tensor
+        if tensor.ndim == 3:
+            return (tensor.transpose(1, 2) if self.transposed else tensor).flatten(0, 1)
+        stacked = tensor.reshape(self.experts, -1, tensor.shape[1])
+        return stacked.transpose(1, 2) if self.transposed else stacked
 
     def shape(self, stored: Sequence[int]) -> tuple[int, ...]:
         """The shape of that view."""
+        if self.experts:
+            experts, out, inputs = stored
+            return (experts * inputs, out) if self.transposed else (experts * out, inputs)
         first = (stored[1], stored[0]) if self.transposed else tuple(stored[:2])
         return (*first, *stored[2:])
 
@@ -212,6 +224,10 @@ def _owners(model: nn.Module) -> dict[int, tuple[nn.Module, str, Layout, str]]:
     """Parameter id -> the supported layer that holds it; of a tied pair a layer that multiplies wins over an embedding."""
     owners: dict[int, tuple[nn.Module, str, Layout, str]] = {}
     for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None and _is_fused(module, parameter):
+                layout = Layout(bool(module.is_transposed), int(parameter.shape[0]))
+                owners[id(parameter)] = (module, attribute, layout, "Experts")
         kind = _layer(module)
         if kind is None:
             continue
@@ -222,6 +238,11 @@ def _owners(model: nn.Module) -> dict[int, tuple[nn.Module, str, Layout, str]]:
             if id(parameter) not in owners or owners[id(parameter)][3] in _EMBEDDINGS:
                 owners[id(parameter)] = (module, attribute, Layout(transposed), kind)
     return owners
+
+
+def _is_fused(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether a parameter holds one weight of every expert, as transformers stores them since version 5."""
+    return parameter.ndim == 3 and hasattr(module, "is_transposed") and getattr(module, "num_experts", 0) == parameter.shape[0]
 
 
 def _heads(model: nn.Module) -> list[tuple[nn.Parameter, str]]:

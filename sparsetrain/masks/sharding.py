@@ -134,7 +134,7 @@ def check(pattern: Pattern, mask: Tensor, parameter: Tensor, layout: Layout, spa
     shape, shard = layout.shape(parameter.shape), RowShard.of(parameter)
     if shard is not None and pattern == Unstructured():
         return require_count(total([~mask], parameter)[0], pattern.pruned(shape, sparsity), "weights")
-    if shard is None or layout.transposed or not pattern.row_local:
+    if shard is None or layout != Layout() or not pattern.row_local:
         whole = full(like(mask.view(torch.uint8), parameter)).contiguous().view(torch.bool)
         return pattern.check(layout.view(whole), sparsity)
     pattern.validate(shape, sparsity)
@@ -157,7 +157,7 @@ def select(pattern: Pattern, scores: Tensor, parameter: Tensor, layout: Layout, 
     """
     if not isinstance(parameter, DTensor):
         return layout.view(pattern.select(layout.view(scores), sparsity)).contiguous()
-    shard = None if layout.transposed else RowShard.of(parameter)
+    shard = None if layout != Layout() else RowShard.of(parameter)
     if shard is not None and pattern.row_local:
         pattern.validate(tuple(parameter.shape), sparsity)
         return pattern.select(scores, sparsity) if scores.numel() else torch.ones_like(scores, dtype=torch.bool)

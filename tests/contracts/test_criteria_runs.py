@@ -14,8 +14,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sparsetrain import calibration
-from sparsetrain.calibration import calibrate
+from sparsetrain.calibration import calibrate, watch
+from sparsetrain.calibration import whole as in_calibration
 from sparsetrain.callbacks import PruneFinetune
 from sparsetrain.callbacks import statistics as in_lightning
 from sparsetrain.criteria import NAMES, OBS, PLATON, Criterion, Fisher, Movement, StatisticsCriterion, Taylor
@@ -110,7 +110,7 @@ def masks_of(kind: Callable[[], StatisticsCriterion], wrap: on.Wrap, batches: li
     return {name: mask.clone() for name, mask in manager.masks.items()}
 
 
-SUMMED = ("gradient", "snip", "taylor", "fisher", "apoz", "activation")
+SUMMED = ("gradient", "snip", "taylor", "fisher", "apoz", "activation", "wanda", "ria", "sparsegpt")
 
 
 def kind_of(name: str) -> Any:
@@ -172,9 +172,9 @@ def work(folder: Path) -> dict[str, Any]:
     rank = torch.distributed.get_rank()
     mine = toy_batches()[rank::RANKS]
     found: dict[str, Any] = {"masks": {name: masks_of(kind_of(name), ddp, mine) for name in SUMMED}}
-    keep, calibration._sum_over_ranks = calibration._sum_over_ranks, lambda criterion, problem: None
+    keep, in_calibration.sum_over_ranks = in_calibration.sum_over_ranks, lambda criterion, problem: None
     found["without sums"] = masks_of(Fisher, ddp, mine)
-    calibration._sum_over_ranks = keep
+    in_calibration.sum_over_ranks = keep
     found["diverged"] = said(lambda: diverged(rank))
     found["not additive"] = said(lambda: masks_of(PLATON, ddp, mine))
     found["sharded"] = said(lambda: masks_of(Fisher, fsdp, mine))
@@ -254,5 +254,5 @@ def test_scaled_gradients_are_seen_as_they_are(fused: bool, monkeypatch: Patch) 
 
     whole = scores()
     assert close(amp(), whole)
-    monkeypatch.setattr(in_lightning, "watch", lambda *args: calibration.watch(*args[:3]))  # as if there were no scale
+    monkeypatch.setattr(in_lightning, "watch", lambda *args: watch(*args[:3]))  # as if there were no scale
     assert close(amp(), whole) != fused

@@ -15,10 +15,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
+from transformers.pytorch_utils import Conv1D
 
-from sparsetrain.calibration import calibrate, samples, watch
+from sparsetrain.calibration import calibrate, first_alone, rebatch, samples, watch
 from sparsetrain.callbacks import PruneFinetune
-from sparsetrain.criteria import NAMES, PLATON, SNIP, ActivationMean, Fisher, Gradient, Movement, StatisticsCriterion, Taylor
+from sparsetrain.criteria import (
+    NAMES,
+    PLATON,
+    SNIP,
+    ActivationMean,
+    Fisher,
+    Gradient,
+    Movement,
+    Seen,
+    StatisticsCriterion,
+    Taylor,
+)
 from sparsetrain.errors import DataError, DivergedError, RecipeError, TargetError
 from sparsetrain.masks import MaskManager
 from sparsetrain.pruning import prune
@@ -28,6 +40,8 @@ from tests.contracts.toys import Task, loaders, task, trainer
 
 STATISTICS = [name for name, kind in NAMES.items() if issubclass(kind, StatisticsCriterion)]
 CALIBRATED = [name for name in STATISTICS if NAMES[name].source == "calibration"]
+#: Neurons suit criteria of outputs; SparseGPT has nothing to move there.
+PATTERN = {"sparsegpt": "unstructured"}
 WATCHING = [name for name in STATISTICS if NAMES[name].source == "training"]
 
 
@@ -81,7 +95,7 @@ def differences(one: Any, other: Any) -> list[str]:
 @pytest.mark.parametrize("broken", [False, True])
 def test_calibration_leaves_everything_as_it_was(name: str, broken: bool) -> None:
     model = Awkward()
-    manager, criterion = MaskManager(model, pattern="neurons"), NAMES[name]()
+    manager, criterion = MaskManager(model, pattern=PATTERN.get(name, "neurons")), NAMES[name]()
     assert isinstance(criterion, StatisticsCriterion)
     before = snapshot(model)
     data = [*batches(), (torch.full((2, 4), torch.nan), torch.zeros(2).long())] if broken else batches()
@@ -145,7 +159,7 @@ def test_data_that_was_never_shown(name: str) -> None:
     model = nn.Linear(4, 4)
     way = "calibration.watch" if name in WATCHING else "calibration.calibrate"
     with pytest.raises(RecipeError, match=rf"weight from data and has seen none: .*{way}"):
-        prune(MaskManager(model, pattern="neurons"), 0.5, criterion=name)
+        prune(MaskManager(model, pattern=PATTERN.get(name, "neurons")), 0.5, criterion=name)
     assert model.weight.all()
 
 
@@ -208,6 +222,80 @@ def test_a_layer_that_no_batch_uses_is_named(name: str) -> None:
 def test_too_few_batches_asked_for() -> None:
     with pytest.raises(RecipeError, match="criterion Taylor: batches=0; it needs at least 1"):
         Taylor(batches=0)
+
+
+# -- what layers are given ---------------------------------------------------------------------------------------------------
+
+
+class Inputs(StatisticsCriterion):
+    """Sums what layers are given."""
+
+    needs = "input"
+
+    def observe(self, seen: Seen) -> None:
+        assert seen.input is not None
+        self.add(seen.tensor.name, total=seen.input.flatten(0, -2).sum(0), calls=torch.ones(()))
+
+    def score(self, weight: Tensor, *, name: str, step: int = 0) -> Tensor:
+        return self.remembered(name)["total"].expand_as(weight)
+
+
+class Uses(nn.Module):
+    """A layer used twice, one given its input by name, a transposed one, and two that share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.named, self.turned = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False), Conv1D(3, 2)
+        self.one, self.tied = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        self.tied.weight = self.one.weight
+        for layer in (self.twice, self.named, self.one):
+            nn.init.eye_(layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.named(input=self.twice(self.twice(x) + 1))
+        return self.turned(self.one(y) + 10) + self.tied(x).sum()
+
+
+def test_what_layers_are_given_however_they_are_called() -> None:
+    model, criterion = Uses(), Inputs()
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])  # sums (4, 6) over two rows
+    assert calibrate(MaskManager(model, Targets(head=True)), criterion, [x, x], model) == 2
+    totals = {name: (memory["total"].tolist(), float(memory["calls"])) for name, memory in criterion.memory.items()}
+    assert totals == {
+        "twice.weight": ([2 * (4 + 4 + 2), 2 * (6 + 6 + 2)], 4.0),
+        "named.weight": ([2 * 6.0, 2 * 8.0], 2.0),
+        "turned.weight": ([2 * 26.0, 2 * 28.0], 2.0),
+        # through its first layer alone: that is where the weight is at home
+        "one.weight": ([2 * 6.0, 2 * 8.0], 2.0),
+    }
+
+
+def test_inputs_that_are_not_finite_or_all_zero_are_named() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    manager = MaskManager(model, Targets(head=True))
+    with pytest.raises(DivergedError, match=r"input of 0\.weight is not finite in batch 1"):
+        calibrate(manager, Inputs(), [torch.ones(1, 2), torch.full((1, 2), torch.inf)], model)
+    with pytest.raises(DataError, match=r"all inputs of 0\.weight are zero.*'magnitude'"):
+        calibrate(manager, Inputs(), [torch.zeros(1, 2)], model)
+
+
+def test_layers_whose_input_cannot_be_seen_are_refused() -> None:
+    model = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 2), nn.Linear(2, 2))
+    with pytest.raises(RecipeError, match=r"0\.weight: criterion Inputs needs what a weight is multiplied by, which Embedding"):
+        calibrate(MaskManager(model, Targets(embeddings=True)), Inputs(), [torch.zeros(1, dtype=torch.long)], model)
+
+
+def test_batches_are_cut_and_put_together_in_order() -> None:
+    x = torch.arange(7.0).view(7, 1)
+    sizes = [len(b) for b in rebatch([x[:5], x[5:6], x[6:]], 4)]
+    assert sizes == [4, 3]  # 0-3, then 4, 5 and 6
+    assert torch.equal(torch.cat(rebatch([x[:5], x[5:6], x[6:]], 4)), x)
+    assert [len(b) for b in first_alone(rebatch([x], 3))] == [1, 2, 3, 1]
+    words = [{"ids": torch.zeros(1, n), "note": "a"} for n in (3, 3, 4)]
+    assert [tuple(b["ids"].shape) for b in rebatch(words, 4)] == [(2, 3), (1, 4)]  # lengths differ
+    uneven = (torch.zeros(3, 2), torch.zeros(2))
+    assert rebatch([uneven], 2)[0] is uneven  # nobody says how many samples these are
+    assert first_alone([]) == []
 
 
 # -- in a loop of one's own -------------------------------------------------------------------------------------------------

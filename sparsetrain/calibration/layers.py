@@ -1,0 +1,263 @@
+"""What layers are given and give, shown to a criterion while the model runs.
+
+Layers that are given the very same tensor in a forward pass (query, key and value; gate and up) are measured once and share
+their statistics: a criterion of inputs takes nothing else from what it is shown. Experts that are fused into one tensor
+``(experts, out, in)`` are measured one by one, as the products with their slices happen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from sparsetrain.calibration.data import tensors_in
+from sparsetrain.calibration.rest import agree, is_finite, ranks, sum_over_ranks
+from sparsetrain.criteria import Known, Seen, StatisticsCriterion
+from sparsetrain.errors import DataError, DivergedError, RecipeError, SparsetrainError, TargetError
+from sparsetrain.masks.tensor import MaskedTensor
+
+#: Layers that multiply what they are given, by name as `Targets` knows them.
+_MULTIPLY = frozenset({"Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D"})
+#: What an expert's slice of a fused weight is multiplied by.
+_PRODUCTS = (F.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+
+
+class Reached(BaseException):
+    """The model has run as far as it is needed; not an error, and no ``except Exception`` of a model may stop it."""
+
+    def __init__(self, result: Any = None) -> None:
+        super().__init__()
+        self.result = result
+
+
+class NotShared(Exception):
+    """Layers that were given one tensor once are given different ones now: each must be measured for itself."""
+
+
+def require_visible(model: nn.Module, tensors: Sequence[MaskedTensor], criterion: StatisticsCriterion) -> None:
+    """Raise `RecipeError` naming the first tensor whose input cannot be seen, where the criterion needs it."""
+    if criterion.needs != "input":
+        return
+    inside = {id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    for tensor in tensors:
+        module = tensor.target.module
+        kind = type(inside.get(id(module), module)).__name__
+        multiplies = any(base.__name__ in _MULTIPLY for base in type(module).__mro__) or tensor.target.layout.experts
+        if id(module) in inside or not multiplies:
+            raise RecipeError(
+                f"{tensor.name}: criterion {type(criterion).__name__} needs what a weight is multiplied by, which {kind} does "
+                "not show; leave it out (targets.exclude), or use criterion 'magnitude'"
+            )
+
+
+class LayerWatch:
+    """Shows a criterion the inputs (or outputs) of layers.
+
+    Args:
+        tensors: whose layers.
+        criterion: ``needs`` says what is shown, ``"input"`` or ``"output"``.
+        share: measure layers that are given the very same tensor once.
+
+    ``with watch.on(): ...`` installs it; `forward` goes around every forward pass; `finish` ends it. Example::
+
+        watch = LayerWatch(list(manager), criterion)
+        with watch.on():
+            with watch.forward("batch 0"):
+                model(x)
+        watch.finish(criterion)
+    """
+
+    def __init__(self, tensors: Sequence[MaskedTensor], criterion: StatisticsCriterion, share: bool = True) -> None:
+        self.tensors = list(tensors)
+        self.criterion = criterion
+        self.share = share and criterion.needs == "input"
+        self.parts = {t.name: Known.parts(t) if criterion.needs == "input" else [Known.of(t)] for t in tensors}
+        #: Who is measured for whom.
+        self.leader: dict[str, str] = {}
+        self.expected: Counter[str] | None = None
+        self._calls: Counter[str] = Counter()
+        self._live: list[tuple[weakref.ref[Tensor], str]] = []
+        self._silent = {part.name for parts in self.parts.values() for part in parts}
+        self._where = ""
+        self._stop = False
+
+    # -- while the model runs ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Hooks on every layer, and eyes on the products of fused experts."""
+        needs_input = self.criterion.needs == "input"
+        with ExitStack() as stack:
+            for tensor in self.tensors:
+                module = tensor.target.module
+                if tensor.target.layout.experts and needs_input:
+                    continue
+                see = self._before(tensor) if needs_input else self._after(tensor)
+                handle = (
+                    module.register_forward_pre_hook(see, with_kwargs=True)
+                    if needs_input
+                    else module.register_forward_hook(see, with_kwargs=True)
+                )
+                stack.callback(handle.remove)
+            fused = [t for t in self.tensors if t.target.layout.experts] if needs_input else []
+            if fused:
+                stack.enter_context(_Products(fused, self._see_expert))
+            yield
+
+    @contextmanager
+    def forward(self, where: str, stop: bool = False) -> Iterator[None]:
+        """Around one forward pass; ``stop`` ends it (by `Reached`) once every layer has been called as in the first one.
+
+        Raises `DivergedError` for values that are not finite, `NotShared` where layers go different ways.
+        """
+        self._calls, self._live, self._where = Counter(), [], where
+        self._stop = stop and self.expected is not None
+        try:
+            yield
+        finally:
+            self._live = []
+        self._settle()
+
+    def _settle(self) -> None:
+        if self.expected is None:
+            self.expected = Counter(self._calls)
+        for name, leader in self.leader.items():
+            if self._calls[name] != self._calls[leader]:
+                raise NotShared
+
+    def _before(self, tensor: MaskedTensor) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = next(tensors_in([args, kwargs]), None)
+            if given is not None:
+                self._see(self.parts[tensor.name][0], given)
+
+        return hook
+
+    def _after(self, tensor: MaskedTensor) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._see(self.parts[tensor.name][0], next(tensors_in(output)))
+
+        return hook
+
+    def _see_expert(self, tensor: MaskedTensor, index: int, given: Tensor) -> None:
+        part = self.parts[tensor.name][index]
+        if given.numel():
+            self._calls[part.name] += 1
+            self.leader[part.name] = part.name
+            self._observe(part, given)
+
+    def _see(self, known: Known, values: Tensor) -> None:
+        name = known.name
+        self._calls[name] += 1
+        same = next((leader for ref, leader in self._live if ref() is values), None) if self.share else None
+        if name not in self.leader:
+            # Only who has been there from the first time on may be measured for another.
+            fresh = same is not None and self._calls[same] == self._calls[name] == 1 and same not in (self.expected or ())
+            self.leader[name] = same if same is not None and fresh and self._fits(known, same) else name
+        leader = self.leader[name]
+        if leader == name:
+            self._observe(known, values)
+            self._live.append((weakref.ref(values), name))
+        elif same != leader:
+            raise NotShared
+        if self._stop and self.expected is not None and all(self._calls[n] >= c for n, c in self.expected.items()):
+            raise Reached
+
+    def _fits(self, known: Known, leader: str) -> bool:
+        other = self.parts[leader][0]
+        mine, its = known.view(known.parameter), other.view(other.parameter)
+        return type(known.module) is type(other.module) and mine.ndim == its.ndim == 2 and mine.shape[1] == its.shape[1]
+
+    def _observe(self, known: Known, values: Tensor) -> None:
+        what = self.criterion.needs
+        if not is_finite(values):
+            raise DivergedError(
+                f"calibration: the {what} of {known.name} is not finite in {self._where}; find what diverged, or what is wrong "
+                "with that batch"
+            )
+        if known.name in self._silent and bool(values.any()):
+            self._silent.discard(known.name)
+        seen = {what: values.detach()}
+        self.criterion.observe(Seen(known, known.parameter.detach(), **seen))
+
+    # -- at the end -------------------------------------------------------------------------------------------------------
+
+    def finish(self, problem: SparsetrainError | None = None) -> list[str]:
+        """Add up over ranks, give every layer its statistics; returns the names of experts that were given nothing.
+
+        Those rank as if all their inputs were alike (an identity matrix is all they have seen): by magnitude.
+
+        Raises `TargetError` for a layer that no batch used, `DataError` where all inputs of a layer are zero, and on every
+        rank the ``problem`` that one of them has.
+        """
+        if problem is None:
+            self.criterion.finish()
+        leaders = agree(problem, self.leader)
+        silent = set.intersection(*(set(names) for names in agree(None, self._silent)))
+        memory = self.criterion.memory
+        if any(other != self.leader for other in leaders):
+            for name, leader in self.leader.items():
+                if name != leader:
+                    memory[name] = {key: value.clone() for key, value in memory[leader].items()}
+        if ranks() > 1:
+            sum_over_ranks(self.criterion, only={p.name for parts in self.parts.values() for p in parts})
+        for name, leader in self.leader.items():
+            if name not in memory and leader in memory:
+                memory[name] = dict(memory[leader])
+        if self.criterion.needs != "input":
+            return []
+        idle = [p for parts in self.parts.values() for p in parts if p.name not in memory]
+        for tensor in self.tensors:
+            parts = self.parts[tensor.name]
+            if all(part in idle for part in parts):
+                continue  # whoever asks for its score tells
+            for part in parts:
+                if part in idle:
+                    eye = torch.eye(part.view(part.parameter).shape[1], device=part.parameter.device)
+                    self.criterion.observe(Seen(part, part.parameter.detach(), input=eye))
+                elif self.leader.get(part.name, part.name) in silent:
+                    raise DataError(
+                        f"all inputs of {part.name} are zero in the calibration data: nothing tells its weights apart; give "
+                        "other data, leave it out (targets.exclude), or use criterion 'magnitude'"
+                    )
+        if idle:
+            self.criterion.finish()
+        return [part.name for part in idle if part.name in memory]
+
+
+def require_seen(criterion: StatisticsCriterion, tensors: Sequence[MaskedTensor]) -> None:
+    """Raise `TargetError` for a tensor that no batch used."""
+    for tensor in tensors:
+        names = [part.name for part in Known.parts(tensor)] if criterion.needs == "input" else [tensor.name]
+        if not all(name in criterion.memory for name in names):
+            raise TargetError(
+                f"criterion {type(criterion).__name__} cannot score {tensor.name}: no batch used its layer; leave it out "
+                "(targets.exclude), or use criterion 'magnitude'"
+            )
+
+
+class _Products(TorchFunctionMode):
+    """Sees the products with slices of fused weights."""
+
+    def __init__(self, tensors: Sequence[MaskedTensor], see: Callable[[MaskedTensor, int, Tensor], None]) -> None:
+        super().__init__()
+        self.tensors = tensors
+        self.see = see
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor) and args[1].ndim == 2:
+            given, weight = args[0], args[1]
+            where = weight.untyped_storage().data_ptr()
+            for tensor in self.tensors:
+                whole = tensor.target.parameter
+                if where == whole.untyped_storage().data_ptr():
+                    self.see(tensor, (weight.storage_offset() - whole.storage_offset()) // whole.stride(0), given)
+        return func(*args, **(kwargs or {}))
