@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from safetensors.torch import load_file
 from torch import nn
 
 from sparsetrain.callbacks import SparsityCallback
+from sparsetrain.checkpoints import matching, read_weights, require_merged, unwrapped
 from sparsetrain.depth import remove_again
 from sparsetrain.errors import MaskStateError, RecipeError, SparsetrainError, nearest
 from sparsetrain.masks.verification import adopt_zeros
@@ -79,33 +78,20 @@ def instantiate(config: Namespace, key: str) -> Any:
     part = ArgumentParser(exit_on_error=False, parser_mode="recipe")
     part._actions.extend(action for action in recipe_parser()._actions if action.dest == key)
     with as_recipe_error(key), warnings.catch_warnings():
+        config = _with_vocabulary(config) if key == "model" else config
         warnings.simplefilter("ignore", DeprecationWarning)
         return part.instantiate(Namespace({key: config[key]}))[key]  # type: ignore[no-untyped-call]
 
 
-def read_weights(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, a run directory or a safetensors file: at least ``state_dict``. Raises `MaskStateError`."""
-    if path.is_dir():
-        found = [path / "checkpoints" / name for name in ("final.ckpt", "last.ckpt")] + [path / "model.safetensors"]
-        existing = [candidate for candidate in found if candidate.is_file()]
-        if not existing:
-            raise MaskStateError(f"{path} holds no checkpoint; looked for {', '.join(str(c.relative_to(path)) for c in found)}")
-        path = existing[0]
-    if not path.is_file():
-        raise MaskStateError(f"checkpoint {str(path)!r} is no file")
-    try:
-        if path.suffix == ".safetensors":
-            return {"state_dict": load_file(str(path))}
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise MaskStateError(f"{path} cannot be read as a checkpoint: it is truncated or of another kind ({error})") from error
-    if not isinstance(content, dict):
-        raise MaskStateError(f"{path} holds a {type(content).__name__}, no checkpoint")
-    if "state_dict" in content:
-        return content
-    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
-        return {"state_dict": content}
-    raise MaskStateError(f"{path} has no 'state_dict'; its keys are {', '.join(map(str, list(content)[:8]))}")
+def _with_vocabulary(config: Namespace) -> Namespace:
+    """A language model whose configuration names no vocabulary gets that of the data's tokenizer."""
+    settings = (config.model.get("init_args") or {}).get("config")
+    tokenizer = ((config.get("data") or {}).get("init_args") or {}).get("tokenizer")
+    if not isinstance(settings, dict) or settings.get("vocab_size") is not None or tokenizer is None:
+        return config
+    filled = config.clone()
+    filled.model.init_args.config = settings | {"vocab_size": instantiate(config, "data").vocab_size}
+    return filled
 
 
 def saved_masks(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
@@ -117,8 +103,11 @@ def saved_masks(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def check_weights(path: Path, weights: dict[str, Any], model: nn.Module) -> None:
-    """Raise `MaskStateError` unless the weights are exactly those of the model, name by name, shape by shape."""
-    own = model.state_dict()
+    """Raise `MaskStateError` unless the weights are exactly those of the model, name by name, shape by shape.
+
+    LoRA adapters beside them are not looked at: the model gets its own when training starts.
+    """
+    own, weights = model.state_dict(), unwrapped(weights)
     for name, value in weights.items():
         if name not in own:
             raise MaskStateError(f"{path} is of another model: it has {name!r}, which this one has not.{nearest(name, own)}")
@@ -141,10 +130,16 @@ def shorten(path: Path, model: nn.Module) -> None:
 
 
 def start_from(path: Path, model: nn.Module, method: SparsityCallback | None) -> None:
-    """Load weights into a model, and their masks (else their zeros) into the method's manager."""
+    """Load weights into a model, and their masks (else their zeros) into the method's manager.
+
+    The weights may be those of the bare network (a ``save_pretrained`` folder, somebody's safetensors). Raises
+    `MaskStateError` for weights of another model, `PatternError` for zeros that are not the method's pattern.
+    """
     checkpoint = read_weights(path)
-    check_weights(path, checkpoint["state_dict"], model)
-    model.load_state_dict(checkpoint["state_dict"])
+    require_merged(path, checkpoint["state_dict"])
+    weights = matching(checkpoint["state_dict"], model)
+    check_weights(path, weights, model)
+    model.load_state_dict(weights)
     if method is None or method.manager is None:
         return
     state = saved_masks(checkpoint)

@@ -15,9 +15,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from sparsetrain.callbacks.files import written
+from sparsetrain.checkpoints import read_weights, require_merged
 from sparsetrain.connectivity import Barrier, barrier
 from sparsetrain.errors import RecipeError
-from sparsetrain.recipe.build import check_weights, instantiate, read_weights, require_lightning, shorten
+from sparsetrain.recipe.build import check_weights, instantiate, require_lightning, shorten
 from sparsetrain.recipe.metrics import silent_trainer
 from sparsetrain.recipe.quiet import quiet
 from sparsetrain.recipe.schema import load_recipe
@@ -44,6 +45,7 @@ def between(run_a: Path, run_b: Path, out: Path | None = None, points: int = 11,
         shorten(run_a, model)
         states = [read_weights(run)["state_dict"] for run in (run_a, run_b)]
         for run, state in zip((run_a, run_b), states, strict=True):
+            require_merged(run, state)
             check_weights(run, state, model)
         measured: list[str] = []
 

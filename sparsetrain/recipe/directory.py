@@ -10,8 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from sparsetrain.callbacks.files import written
+from sparsetrain.checkpoints import read_weights
 from sparsetrain.errors import RecipeError
-from sparsetrain.recipe.build import check_weights, read_weights
+from sparsetrain.recipe.build import check_weights
 from sparsetrain.recipe.schema import parse_yaml, read_yaml
 from sparsetrain.report import write_report
 

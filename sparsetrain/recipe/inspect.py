@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsetrain.checkpoints import read_weights, unwrapped
 from sparsetrain.errors import MaskStateError, PatternError, nearest
 from sparsetrain.masks import Verification, VerifiedTensor, read_masks
 from sparsetrain.masks.state import SavedMask, from_state
 from sparsetrain.patterns import Pattern, parse_pattern
-from sparsetrain.recipe.build import read_weights, saved_masks
+from sparsetrain.recipe.build import saved_masks
 from sparsetrain.targets import plain_name
 
 
@@ -26,7 +27,8 @@ def inspect_checkpoint(path: Path, pattern: str | None = None) -> Verification:
     Example: ``inspect_checkpoint(Path("runs/quickstart")).ok``.
     """
     checkpoint = read_weights(path)
-    weights = {plain_name(name): value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+    stored = unwrapped(checkpoint["state_dict"])
+    weights = {plain_name(name): value for name, value in stored.items() if isinstance(value, Tensor)}
     state = saved_masks(checkpoint)
     masks = None if state is None else from_state(state, str(path))
     beside = path / "masks.safetensors"
