@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+from sparsetrain.data.augmentation import AugmentedSet, AugmentedVisionData
 from sparsetrain.data.loading import BatchDataset, ResumableDataModule, ResumableLoader, TensorSet, identity
+from sparsetrain.data.text import TextData
+from sparsetrain.data.text_classification import LabelledTexts, TextClassificationData
+from sparsetrain.data.tokens import Tokenizer, get_tokenizer
 from sparsetrain.data.vision import VisionData
+from sparsetrain.data.windows import TokenWindows
 
-__all__ = ["BatchDataset", "ResumableDataModule", "ResumableLoader", "TensorSet", "VisionData", "identity"]
+__all__ = [
+    "AugmentedSet",
+    "AugmentedVisionData",
+    "BatchDataset",
+    "LabelledTexts",
+    "ResumableDataModule",
+    "ResumableLoader",
+    "TensorSet",
+    "TextClassificationData",
+    "TextData",
+    "TokenWindows",
+    "Tokenizer",
+    "VisionData",
+    "get_tokenizer",
+    "identity",
+]

@@ -80,7 +80,7 @@ class ResumableLoader:
     (Lightning does it); the same epoch always has the same order.
 
     Args:
-        dataset: has ``__len__`` and ``__getitems__``, e.g. ``TensorSet``.
+        dataset: has ``__len__`` and ``__getitems__``, e.g. ``TensorSet``; with ``at_epoch(epoch)`` what that returns is read.
         batch_size: samples in a batch, per rank, at least 1. A remainder of fewer samples than ranks joins the batch before.
         shuffle: a new permutation every epoch. ``Trainer(overfit_batches=...)`` cannot turn it off, ``False`` does.
         seed: of the permutations, at least 0.
@@ -167,10 +167,13 @@ class ResumableLoader:
         rank, ranks = self.shard
         count, stride = len(self), self.batch_size * ranks
         order = self.order()
+        # A set that is another one every epoch (augmentation) says so.
+        look = getattr(self.dataset, "at_epoch", None)
+        dataset = self.dataset if look is None else look(self.epoch)
         for batch in range(start, count):
             stop = len(order) if batch == count - 1 and not self.drop_last else (batch + 1) * stride
             self._position = batch + 1
-            yield self.dataset.__getitems__(order[batch * stride + rank : stop : ranks])
+            yield dataset.__getitems__(order[batch * stride + rank : stop : ranks])
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch, the batches handed out in it, and what these counts rest on."""

@@ -1,11 +1,12 @@
-"""Images with labels, in memory: bundled digits, MNIST-format folders, Hugging Face datasets.
+"""Images with labels, in memory: bundled digits, MNIST-format folders, image strips, Hugging Face datasets.
 
 Where ``name`` is looked for, in this order:
 
 1. ``"digits"``: the 1797 digits of 8x8 pixels that scikit-learn bundles (no download); a fixed, stratified fifth is the
    test set.
 2. A folder: ``root`` or ``root/name`` if ``root`` is given, otherwise ``$SPARSETRAIN_DATA/name``, otherwise ``name`` as
-   a path. A folder with idx files is read as MNIST; any other with ``datasets`` (``save_to_disk``, image folder, parquet).
+   a path. A folder with idx files is read as MNIST, one with strips as ``sparsetrain.data.strips`` says; any other with
+   ``datasets`` (``save_to_disk``, image folder, parquet).
 3. A Hugging Face dataset of that name, except for the known names, which are never downloaded.
 """
 
@@ -24,10 +25,14 @@ from torch import Tensor
 
 from sparsetrain.data.idx import is_idx_folder, read_idx_folder
 from sparsetrain.data.loading import ResumableDataModule, ResumableLoader, TensorSet
+from sparsetrain.data.strips import is_strips_folder, read_strips_folder
 from sparsetrain.errors import DataError, nearest
 
 FOLDER_VARIABLE = "SPARSETRAIN_DATA"
-KNOWN = ("digits", "mnist", "fashion_mnist")
+KNOWN = ("digits", "mnist", "fashion_mnist", "cifar10_mini")
+_NORMALIZE = ("unit", "standardize", "imagenet")
+# The usual statistics of ImageNet's training pixels in [0, 1], red, green, blue.
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _Split = tuple[Tensor, Tensor]
 
 
@@ -39,12 +44,13 @@ class VisionData(ResumableDataModule):
     "validation" split as test set; the validation set here is always taken from the training split.
 
     Args:
-        name: "digits", "mnist", "fashion_mnist", a folder, or a Hugging Face dataset; the module's text has the order.
+        name: one of `KNOWN` ("digits", "mnist", ...), a folder, or a Hugging Face dataset; the module's text has the order.
         root: the folder, or its parent.
         batch_size: per process.
         validation: taken from the training set: a fraction in [0, 1) or a count; 0 for none.
         seed: of the choice of validation samples and of the shuffling.
-        normalize: "unit" for pixels / 255, "standardize" for zero mean and unit deviation per channel over the training set.
+        normalize: "unit" for pixels / 255; "standardize" for zero mean and unit deviation per channel over the training set;
+            "imagenet" for the mean .485 .456 .406 and deviation .229 .224 .225 that many pretrained networks expect.
         image_size: resize to this height and width (bilinear, antialiased); needed when the images differ in size.
         monitor_test: validate on the test set too, as a second loader (to report, not to choose by); needs both sets.
 
@@ -62,15 +68,15 @@ class VisionData(ResumableDataModule):
         batch_size: int = 100,
         validation: int | float = 0.1,
         seed: int = 0,
-        normalize: Literal["unit", "standardize"] = "unit",
+        normalize: Literal["unit", "standardize", "imagenet"] = "unit",
         image_size: int | None = None,
         monitor_test: bool = False,
     ) -> None:
         super().__init__()
         if validation < 0 or (isinstance(validation, float) and validation >= 1):
             raise DataError(f"validation={validation} is neither a count of samples nor a fraction in [0, 1)")
-        if normalize not in ("unit", "standardize"):
-            raise DataError(f"normalize={normalize!r} is not known; 'unit' or 'standardize'")
+        if normalize not in _NORMALIZE:
+            raise DataError(f"normalize={normalize!r} is not one of {', '.join(_NORMALIZE)}.{nearest(normalize, _NORMALIZE)}")
         if batch_size < 1 or seed < 0 or (image_size is not None and image_size < 1):
             raise DataError(
                 f"batch_size={batch_size}, seed={seed}, image_size={image_size}: sizes must be at least 1, seed at least 0"
@@ -90,6 +96,7 @@ class VisionData(ResumableDataModule):
         self.test_set: TensorSet | None = None
         self.num_classes = 0
         self.image_shape = (0, 0, 0)
+        self.black = torch.zeros(())  # what a black pixel has become, broadcast to (C, 1, 1)
 
     def setup(self, stage: str | None = None) -> None:
         """Read everything once; later calls do nothing."""
@@ -101,17 +108,28 @@ class VisionData(ResumableDataModule):
         channels, height, width = images.shape[1:]
         self.image_shape = (channels, height, width)
         keep, held_out = self._partition(len(images))
-        mean, deviation = torch.zeros(()), torch.ones(())
-        if self.normalize == "standardize":
-            # The statistics of what is trained on: neither validation nor test may leak in.
-            chosen = images[keep]
-            mean = chosen.mean((0, 2, 3), keepdim=True)
-            deviation = chosen.std((0, 2, 3), keepdim=True).clamp_min(1e-8)
-            images = (images - mean) / deviation
+        # The statistics of what is trained on: neither validation nor test may leak in.
+        mean, deviation = self._statistics(images[keep])
+        images = (images - mean) / deviation
+        self.black = -mean / deviation
         self.train_set = TensorSet(images[keep], labels[keep])
         self.val_set = TensorSet(images[held_out], labels[held_out]) if len(held_out) else None
         if "test" in splits:
             self.test_set = TensorSet((splits["test"][0] - mean) / deviation, splits["test"][1])
+
+    def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and the deviation to normalize by, each () or (C, 1, 1)."""
+        if self.normalize == "unit":
+            return torch.zeros(()), torch.ones(())
+        if self.normalize == "standardize":
+            return (
+                images.mean((0, 2, 3), keepdim=True)[0],
+                images.std((0, 2, 3), keepdim=True).clamp_min(1e-8)[0],
+            )
+        if images.shape[1] != 3:
+            raise DataError(f"normalize='imagenet' is for 3 channels; {self.source!r} has {images.shape[1]}, use 'standardize'")
+        mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in _IMAGENET)
+        return mean, deviation
 
     def _partition(self, samples: int) -> tuple[Tensor, Tensor]:
         """Return the indices that are trained on and those held out, both ascending."""
@@ -156,10 +174,16 @@ def _read(name: str, root: str | None, image_size: int | None) -> dict[str, _Spl
     elif (folder := _find_folder(name, root)) is None:
         splits = _read_hub(name, None, image_size)
     elif is_idx_folder(folder):
-        splits = {split: (x.float() / 255, y) for split, (x, y) in read_idx_folder(folder).items()}
+        splits = _unit(read_idx_folder(folder))
+    elif is_strips_folder(folder):
+        splits = _unit(read_strips_folder(folder))
     else:
         splits = _read_hub(name, folder, image_size)
     return {split: (_resize(x, image_size), y) for split, (x, y) in splits.items()}
+
+
+def _unit(splits: dict[str, _Split]) -> dict[str, _Split]:
+    return {split: (images.float() / 255, labels) for split, (images, labels) in splits.items()}
 
 
 def _read_digits() -> dict[str, _Split]:

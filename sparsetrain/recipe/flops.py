@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsetrain.masks import MaskManager
 
@@ -38,7 +39,8 @@ def positions(model: nn.Module, example: Any) -> dict[str, int]:
         if any(kind.__name__ in kinds for kind in type(module).__mro__)
     ]
     try:
-        with torch.no_grad():
+        # transformers looks into tensors to find a cheaper mask, which it knows fake ones do not allow.
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             model(**example) if isinstance(example, dict) else model(example)
     finally:
         for handle in handles:
@@ -54,7 +56,10 @@ def example_input(model: nn.Module, data: LightningDataModule | None) -> Any:
     for attribute in ("test_set", "train_set"):
         dataset = getattr(data, attribute, None)
         if dataset is not None and len(dataset):
-            return dataset.__getitems__([0])[0].to("meta")
+            first = dataset.__getitems__([0])
+            if isinstance(first, dict):
+                return {name: value.to("meta") for name, value in first.items() if name != "labels"}
+            return first[0].to("meta")
     for module in model.modules():
         dummy = getattr(module, "dummy_inputs", None)
         if isinstance(dummy, dict) and all(isinstance(value, Tensor) for value in dummy.values()):

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import nn
 
-from sparsetrain.callbacks import SparsityCallback
+from sparsetrain.callbacks import OneShotPruning, SparsityCallback
+from sparsetrain.recipe.build import build, require_lightning
 
-#: Endings of metric names that are better when low.
+#: Endings of metric names: the first that was logged is what a run is judged by.
+_MAIN = ("accuracy", "perplexity")
+#: Those that are better when low.
 _LOWER = ("loss", "perplexity", "error")
 
 
@@ -28,7 +31,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """The keys ``metric``, ``higher_is_better``, ``dense``, ``dense_from``, ``final`` and ``best`` of metrics.json.
 
-    ``dense`` are the metrics of the twin, else of the weights right before the first pruning, else None.
+    ``dense`` are the metrics of the twin, else of the weights right before the first pruning: as they were at the end of the
+    dense phase, or as they came, if they were trained before this run. Else None.
     """
     final = _test(config, model, data)
     dense, source = None, None
@@ -39,7 +43,9 @@ def evaluate(
         saved = torch.load(dense_file, map_location="cpu", weights_only=True)
         before.load_state_dict(saved["state_dict"])
         dense, source = _test(config, before, data), f"end of the dense phase (step {saved['global_step']})"
-    named = [name for name in final if name.endswith("accuracy")] or sorted(final)
+    elif method is not None and (start := dense_start(config, model)) is not None:
+        dense, source = _test(config, start, data), "the model as it came, before pruning"
+    named = [name for kind in _MAIN for name in final if name.endswith(kind)] or sorted(final)
     return {
         "metric": named[0] if named else None,
         "higher_is_better": bool(named) and not named[0].endswith(_LOWER),
@@ -49,6 +55,30 @@ def evaluate(
         # Chosen by looking at the data it is judged on, a best epoch flatters; the final one is what counts.
         "best": None,
     }
+
+
+def only_prunes(config: Namespace) -> bool:
+    """Whether a recipe asks for a model pruned as it is: `OneShotPruning` and not one step of training."""
+    method = config.method is not None and config.method.class_path.rsplit(".", 1)[-1]
+    return method == OneShotPruning.__name__ and 0 in (config.trainer.max_epochs, config.trainer.max_steps)
+
+
+def dense_start(config: Namespace, model: LightningModule) -> LightningModule | None:
+    """The model as it came, made once more; None where it was not trained before this run, or not dense."""
+    trained = config.init_from is not None or getattr(model, "pretrained", False)
+    if not (trained or only_prunes(config)):
+        return None
+    alone = config.clone()
+    alone.callbacks = []
+    seed_everything(config.seed, workers=True, verbose=False)
+    built = build(alone)
+    manager = built.method.masks if built.method is not None else None
+    if manager is None or manager.masks:
+        return None
+    zeros = sum(int((t.target.parameter == 0).sum()) for t in manager)
+    # Zeros that somebody left who kept no masks; a dense weight is hardly ever exactly 0.
+    sparse = zeros > 0.01 * sum(t.target.parameter.numel() for t in manager)
+    return None if sparse else require_lightning(built.model)
 
 
 def silent_trainer(config: Namespace, batches: int | None = None) -> Trainer:

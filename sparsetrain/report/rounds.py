@@ -12,11 +12,11 @@ from sparsetrain.report.plots import STYLE, figure, svg_bytes
 from sparsetrain.report.wording import label
 
 #: In this order the first that was logged is the metric of a round.
-_METRICS = ("test/accuracy", "val/accuracy", "test/loss", "val/loss")
+_METRICS = tuple(f"{split}/{kind}" for kind in ("accuracy", "perplexity", "loss") for split in ("test", "val"))
 
 
 def round_metric(rounds: Sequence[Mapping[str, Any]]) -> str | None:
-    """The metric to judge rounds by: test accuracy, else validation accuracy, else a loss; None if nothing was logged."""
+    """The metric to judge rounds by: accuracy, else perplexity, else loss, of the test set if there; None if there is none."""
     return next((name for name in _METRICS if rounds and name in rounds[0]["end"]), None)
 
 

@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from sparsetrain.tasks.classification import Classification, lr_factor
+from sparsetrain.tasks.causal_lm import CausalLM
+from sparsetrain.tasks.classification import Classification
 from sparsetrain.tasks.networks import MLP, LeNet5Caffe, LeNet300, SmallResNet
+from sparsetrain.tasks.perplexity import Perplexity, perplexity
+from sparsetrain.tasks.pretrained import save_pretrained
+from sparsetrain.tasks.sequence_classification import SequenceClassification
+from sparsetrain.tasks.training import Task, lr_factor
 
-__all__ = ["MLP", "Classification", "LeNet5Caffe", "LeNet300", "SmallResNet", "lr_factor"]
+__all__ = [
+    "MLP",
+    "CausalLM",
+    "Classification",
+    "LeNet5Caffe",
+    "LeNet300",
+    "Perplexity",
+    "SequenceClassification",
+    "SmallResNet",
+    "Task",
+    "lr_factor",
+    "perplexity",
+    "save_pretrained",
+]
