@@ -21,6 +21,7 @@ from sparsetrain.calibration import calibrate, watch
 from sparsetrain.criteria import Criterion, Magnitude, Random
 from sparsetrain.errors import SparsetrainError
 from sparsetrain.masks import MaskManager, Override, load_masks
+from sparsetrain.oneshot import OneShotReport, Streaming, prune_oneshot
 from sparsetrain.patterns import NM, Block, Pattern, Slices, Unstructured
 from sparsetrain.pruning import prune
 from sparsetrain.schedules import Cosine, Cubic, Exponential, Linear, OneShot, Piecewise, Rounds, Schedule
@@ -30,50 +31,64 @@ if TYPE_CHECKING:
     from sparsetrain.callbacks import (
         Control,
         DepthPruning,
+        Distillation,
         DynamicSparse,
         KeepMasks,
         Lost,
         LotteryTickets,
         NMTraining,
+        OneShotPruning,
         PruneFinetune,
         Recovery,
         Rewind,
+        SparseLoRA,
         SparsityCallback,
         TicketRounds,
         Update,
     )
-    from sparsetrain.data import VisionData
-    from sparsetrain.tasks import Classification
+    from sparsetrain.data import TextClassificationData, TextData, VisionData
+    from sparsetrain.tasks import CausalLM, Classification, SequenceClassification, perplexity, save_pretrained
 
 #: Names that need Lightning, imported when they are first asked for: plain PyTorch users do not wait for it.
 _LIGHTNING = {
+    "CausalLM": "tasks",
     "Classification": "tasks",
     "Control": "callbacks",
     "DepthPruning": "callbacks",
+    "Distillation": "callbacks",
     "DynamicSparse": "callbacks",
     "KeepMasks": "callbacks",
     "LotteryTickets": "callbacks",
     "Lost": "callbacks",
     "NMTraining": "callbacks",
+    "OneShotPruning": "callbacks",
     "PruneFinetune": "callbacks",
     "Recovery": "callbacks",
     "Rewind": "callbacks",
+    "SequenceClassification": "tasks",
+    "SparseLoRA": "callbacks",
     "SparsityCallback": "callbacks",
+    "TextClassificationData": "data",
+    "TextData": "data",
     "TicketRounds": "callbacks",
     "Update": "callbacks",
     "VisionData": "data",
+    "perplexity": "tasks",
+    "save_pretrained": "tasks",
 }
 
 __all__ = [
     "NM",
     "Allocation",
     "Block",
+    "CausalLM",
     "Classification",
     "Control",
     "Cosine",
     "Criterion",
     "Cubic",
     "DepthPruning",
+    "Distillation",
     "DynamicSparse",
     "Exponential",
     "KeepMasks",
@@ -84,6 +99,8 @@ __all__ = [
     "MaskManager",
     "NMTraining",
     "OneShot",
+    "OneShotPruning",
+    "OneShotReport",
     "Override",
     "Pattern",
     "Piecewise",
@@ -93,17 +110,25 @@ __all__ = [
     "Rewind",
     "Rounds",
     "Schedule",
+    "SequenceClassification",
     "Slices",
+    "SparseLoRA",
     "SparsetrainError",
     "SparsityCallback",
+    "Streaming",
     "Targets",
+    "TextClassificationData",
+    "TextData",
     "TicketRounds",
     "Unstructured",
     "Update",
     "VisionData",
     "calibrate",
     "load_masks",
+    "perplexity",
     "prune",
+    "prune_oneshot",
+    "save_pretrained",
     "watch",
 ]
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +21,7 @@ from sparsetrain.commands import (
     barrier_arguments,
     command_parser,
     predict_arguments,
+    prune_arguments,
     recipe_arguments,
     run_arguments,
     sensitivity_arguments,
@@ -62,6 +64,7 @@ def _dispatch(arguments: list[str]) -> int:
         "record": _record,
         "sensitivity": _sensitivity,
         "predict": _predict,
+        "prune": _prune,
         "barrier": _barrier,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -236,6 +239,23 @@ def _predict(arguments: list[str]) -> int:
     found, data, picture = predict(known.recipe, overrides, known.out, known.budget, **options)
     Console().print(prediction_table(found))
     print(f"allocation: {data}\nplot: {picture}")
+    return 0
+
+
+def _prune(arguments: list[str]) -> int:
+    parser = command_parser("prune")
+    prune_arguments(parser)
+    known = vars(parser.parse_args(arguments))
+    from sparsetrain.oneshot import Streaming
+    from sparsetrain.recipe.prune import Prune, prune_model
+    from sparsetrain.report.tables import pruned_table
+
+    out, work, overwrite = (known.pop(name) for name in ("out", "work", "overwrite"))
+    streaming = Streaming(**{name: known.pop(name) for name in ("batch", "dtype", "offload")})
+    lists: dict[str, Any] = {name: tuple(known.pop(name)) for name in ("include", "exclude")}
+    found = prune_model(Prune(**known, **lists, streaming=streaming), out, work, overwrite)
+    Console().print(pruned_table(found))
+    print(f"model: {out}")
     return 0
 
 

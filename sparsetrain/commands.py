@@ -18,6 +18,7 @@ EXAMPLES = {
     "record": "sparsetrain record recipes/experiments/mnist_prune_finetune.yaml --jobs 2",
     "sensitivity": "sparsetrain sensitivity recipes/quickstart.yaml --units --parameters 64 --out runs/quickstart-sensitivity",
     "barrier": "sparsetrain barrier runs/seed0 runs/seed1 --out runs/barrier",
+    "prune": "sparsetrain prune path/to/model --data shakespeare --pattern 2:4 --criterion sparsegpt --out pruned",
     "predict": "sparsetrain predict recipes/quickstart.yaml --budget 0.98 --samples 40 --steps 200 --out runs/predicted",
 }
 ABOUT = {
@@ -29,6 +30,7 @@ ABOUT = {
     "record": "Run an experiment (a recipe over seeds) and write its numbers to recipes/results/.",
     "sensitivity": "Prune each target alone and measure the loss: which layers can go, as a table, a heat map and a file.",
     "barrier": "Walk the straight line between the weights of two runs: is there a hill of error between them?",
+    "prune": "Prune a language model once, block by block on a little text, into a folder that stock transformers loads.",
     "predict": "Learn from measured allocations which one keeps the most at a budget, and write it for `allocation: fixed`.",
 }
 EXTRA = (
@@ -111,3 +113,30 @@ def barrier_arguments(parser: Parser) -> None:
         parser.add_argument(name, type=Path, metavar=name.upper(), help="a directory that `sparsetrain run` wrote")
     parser.add_argument("--points", type=int, default=11, metavar="N", help="points on the line, both ends included (11)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where barrier.json and barrier.png go (none without it)")
+
+
+def prune_arguments(parser: Parser) -> None:
+    """Those of ``prune``."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a folder that from_pretrained reads, or a name on the hub")
+    add("--data", required=True, metavar="TEXT", help="text to calibrate on: an embedded corpus, a file, a folder, a data set")
+    add("--out", type=Path, required=True, metavar="DIR", help="where the pruned model goes")
+    add("--pattern", help="2:4, 4:8, unstructured, unstructured:row (wanda's and ria's own), block:16x16, ...")
+    add("--sparsity", type=float, metavar="S", help="fraction of zeros over the targets; N:M patterns have only one")
+    add("--criterion", default="wanda", help="wanda, ria, sparsegpt, magnitude (wanda)")
+    add("--allocation", default="uniform", help="uniform, owl, erk, ... (uniform)")
+    add("--tokenizer", help="a folder or name (the model's own)")
+    for name, default, text in (
+        ("samples", 128, "windows of text that are looked at"),
+        ("window", 256, "tokens in a window"),
+        ("seed", 0, "which windows"),
+        ("evaluate", 64, "windows of validation text for the perplexity before and after; 0 for none"),
+        ("batch", 4, "windows in a forward pass"),
+    ):
+        add(f"--{name}", type=int, default=default, metavar="N", help=f"{text} ({default})")
+    add("--dtype", help="type the blocks run in: bfloat16, float16, float32 (as stored)")
+    add("--offload", help="where hidden states wait: cpu, disk (the model's device)")
+    for name in ("include", "exclude"):
+        add(f"--{name}", action="append", default=[], metavar="REGEX", help=f"tensors to {name}, by name; may be repeated")
+    add("--work", type=Path, metavar="DIR", help="keep finished blocks here, to go on after a kill")
+    add("--overwrite", action="store_true", help="replace what is in OUT")

@@ -32,19 +32,24 @@ KNOWS = {
     "masks": "errors selection patterns targets",
     "pruning": "errors patterns targets criteria allocation masks",
     "calibration": "errors criteria masks",
+    "oneshot": "errors patterns criteria allocation masks pruning calibration",
+    "checkpoints": "errors targets",
+    "distillation": "errors",
+    "nn": "errors masks",
     "sensitivity": "errors patterns criteria allocation masks pruning",
     "predictor": "errors patterns allocation",
-    "callbacks": "errors selection patterns targets schedules criteria allocation masks pruning calibration regrowth nm depth",
-    "tasks": "errors",
+    "callbacks": "errors selection patterns targets schedules criteria allocation masks pruning calibration regrowth nm depth "
+    "oneshot checkpoints distillation nn",
+    "tasks": "errors data",
     "data": "errors",
     "report": "errors masks",
     "__init__": "errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report "
-    "calibration sensitivity predictor connectivity depth",
+    "calibration sensitivity predictor connectivity depth oneshot",
     "recipe": "errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report "
-    "calibration sensitivity predictor connectivity depth",
+    "calibration sensitivity predictor connectivity depth oneshot checkpoints",
     "commands": "errors",
     "cli": "commands errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report recipe "
-    "calibration sensitivity predictor connectivity depth",
+    "calibration sensitivity predictor connectivity depth oneshot",
     "__main__": "cli",
 }
 LIGHTNING = {"callbacks", "tasks", "data", "recipe", "cli"}

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 from sparsetrain.callbacks.base import SparsityCallback
 from sparsetrain.callbacks.depth_pruning import DepthPruning
+from sparsetrain.callbacks.distillation import Distillation
 from sparsetrain.callbacks.dynamic_sparse import DynamicSparse
 from sparsetrain.callbacks.growth_rules import Update
 from sparsetrain.callbacks.keep_masks import KeepMasks
 from sparsetrain.callbacks.lottery import LotteryTickets
 from sparsetrain.callbacks.nm_training import NMTraining
+from sparsetrain.callbacks.oneshot import OneShotPruning
 from sparsetrain.callbacks.prune_finetune import PruneFinetune
 from sparsetrain.callbacks.recovery import Recovery
 from sparsetrain.callbacks.rewinding import Rewind
+from sparsetrain.callbacks.sparse_lora import SparseLoRA
 from sparsetrain.callbacks.tickets import Control, Lost, TicketRounds
 
 __all__ = [
     "NAMES",
     "Control",
     "DepthPruning",
+    "Distillation",
     "DynamicSparse",
     "KeepMasks",
     "Lost",
     "LotteryTickets",
     "NMTraining",
+    "OneShotPruning",
     "PruneFinetune",
     "Recovery",
     "Rewind",
+    "SparseLoRA",
     "SparsityCallback",
     "TicketRounds",
     "Update",
@@ -36,5 +42,7 @@ NAMES: dict[str, type[SparsityCallback]] = {
     "LotteryTickets": LotteryTickets,
     "DynamicSparse": DynamicSparse,
     "NMTraining": NMTraining,
+    "OneShotPruning": OneShotPruning,
     "KeepMasks": KeepMasks,
+    "SparseLoRA": SparseLoRA,
 }

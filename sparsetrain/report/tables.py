@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -126,4 +127,38 @@ def layer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         table.add_row(*(Text(cell) for cell in cells), Text("yes" if good else "NO"), style="" if good else "bold red")
     if problems:
         table.caption, table.caption_justify = Text("\n".join(problems), style="red"), "left"
+    return table
+
+
+def pruned_table(found: Mapping[str, Any]) -> Table:
+    """Return what `sparsetrain prune` did: one line a block (or tensor), then the perplexity before and after.
+
+    ``found`` is the content of sparsetrain.json. Example: ``rich.print(pruned_table(found))``.
+    """
+    asked = found["asked"]
+    title = (
+        f"{asked['criterion']}, {asked['pattern']}, {found['samples']} windows of {asked['window']} tokens of {asked['data']}"
+    )
+    table = Table(title=Text(title, style="bold"), title_justify="left")
+    table.add_column("block", overflow="fold")
+    for name in ("tensors", "sparsity", "output error", "notes"):
+        table.add_column(name, justify="right")
+    blocks: dict[str, list[Mapping[str, Any]]] = {}
+    for row in found["layers"]:
+        inside = re.match(r".*?\.\d+(?=\.)", row["name"])
+        blocks.setdefault(row["block"] or (inside[0] if inside else row["name"]), []).append(row)
+    for block, rows in blocks.items():
+        share = sum(row["actual"] * row["numel"] for row in rows) / sum(row["numel"] for row in rows)
+        error = "–" if rows[0]["error"] is None else f"{rows[0]['error']:.3f}"
+        notes = "; ".join(dict.fromkeys(row["note"] for row in rows if row["note"]))
+        table.add_row(Text(block), str(len(rows)), percent(share), error, Text(notes))
+    table.add_section()
+    table.add_row("all", str(len(found["layers"])), percent(found["sparsity"]), "", f"{found['seconds']:.0f} s")
+    if found["dense"] and found["pruned"]:
+        before, after = found["dense"], found["pruned"]
+        table.caption = Text(
+            f"perplexity {before['perplexity']:.3f} before, {after['perplexity']:.3f} after, by block windows of "
+            f"{asked['window']} tokens over {number(before['tokens'])} tokens of {asked['data']}'s validation text"
+        )
+        table.caption_justify = "left"
     return table

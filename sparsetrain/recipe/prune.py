@@ -1,0 +1,156 @@
+"""``sparsetrain prune``: a model of transformers goes in, a sparse one comes out, in a folder that stock transformers loads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import nn
+
+from sparsetrain.data import TextData
+from sparsetrain.data.text import require_fit
+from sparsetrain.data.tokens import find_model
+from sparsetrain.errors import RecipeError
+from sparsetrain.masks import MaskManager
+from sparsetrain.oneshot import OneShotReport, Streaming, prune_oneshot
+from sparsetrain.patterns import parse_pattern
+from sparsetrain.targets import Targets
+from sparsetrain.tasks.perplexity import logits_of, next_token_loss
+from sparsetrain.tasks.pretrained import _transformers, load_network, save_pretrained
+
+#: What the published methods compare: weights of one row.
+_WITHIN_ROWS = {"wanda", "ria"}
+
+
+@dataclass(frozen=True)
+class Prune:
+    """What is asked of ``sparsetrain prune``.
+
+    Args:
+        model: a ``from_pretrained`` folder or a name on the hub.
+        data: what is calibrated on: an embedded corpus, a text file, a folder, a data set (see `TextData`).
+        sparsity, pattern, criterion, allocation: as everywhere; without a pattern ``wanda`` and ``ria`` compare within rows.
+        tokenizer: by default the model's own.
+        samples, window, seed: so many random windows of training text are looked at.
+        evaluate: so many windows of validation text give the perplexity before and after; 0 for none.
+        streaming: see `Streaming`.
+        include, exclude: regular expressions of tensor names, see `Targets`.
+
+    Example: ``Prune("models/llama", "shakespeare", pattern="2:4")``.
+    """
+
+    model: str
+    data: str
+    sparsity: float | None = None
+    pattern: str | None = None
+    criterion: str = "wanda"
+    allocation: str = "uniform"
+    tokenizer: str | None = None
+    samples: int = 128
+    window: int = 256
+    seed: int = 0
+    evaluate: int = 64
+    streaming: Streaming = field(default_factory=Streaming)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.evaluate < 0 or self.window < 2 or self.seed < 0:
+            raise RecipeError(
+                f"samples={self.samples}, window={self.window}, evaluate={self.evaluate}, seed={self.seed}: at least 1 sample "
+                "of 2 tokens; evaluate and seed not negative"
+            )
+
+
+def prune_model(asked: Prune, out: Path, work: Path | None = None, overwrite: bool = False) -> dict[str, Any]:
+    """Prune a model into the folder ``out`` and return what was done, which is in its ``sparsetrain.json`` too.
+
+    Raises `RecipeError` and its kin for what cannot work; nothing is written then, and nothing overwritten.
+    Example: ``prune_model(Prune("models/llama", "shakespeare", pattern="2:4"), Path("pruned"))``.
+    """
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not overwrite)):
+        raise RecipeError(f"--out {out} is in use; choose another folder, or --overwrite to replace it")
+    pattern = asked.pattern or ("unstructured:row" if asked.criterion in _WITHIN_ROWS else "unstructured")
+    parse_pattern(pattern)
+    network, writes = network_of(asked.model)
+    data = TextData(asked.data, tokenizer=asked.tokenizer or asked.model, window=asked.window)
+    require_fit(network, data.vocab_size, asked.window)
+    manager = MaskManager(network, Targets(include=asked.include, exclude=asked.exclude), pattern)
+    data.setup("calibration")
+    batches = list(torch.split(data.calibration(asked.samples, seed=asked.seed), asked.streaming.batch))
+    before = measure(network, data, asked.evaluate, "perplexity before") if writes else None
+    report = prune_oneshot(
+        manager,
+        batches,
+        asked.sparsity,
+        criterion=asked.criterion,
+        allocation=asked.allocation,
+        streaming=asked.streaming,
+        work=work,
+        progress=True,
+    )
+    manager.verify(strict=True)
+    after = measure(network, data, asked.evaluate, "perplexity after") if writes else None
+    save_pretrained(network, out, tokenizer=data.tokenizer, overwrite=overwrite)
+    found = _record(asked, pattern, report, before, after)
+    (out / "sparsetrain.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def network_of(model: str) -> tuple[nn.Module, bool]:
+    """The network in a folder or of a name, and whether it writes text (so that it has a perplexity).
+
+    Example: ``network, writes = network_of("models/llama")``.
+    """
+    transformers = _transformers()
+    try:
+        kinds = transformers.AutoConfig.from_pretrained(find_model(model)).architectures or [""]
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"model {model!r} cannot be loaded: {' '.join(str(error).split())[:200]}. Give a folder that from_pretrained "
+            "reads, or a hub name"
+        ) from error
+    kind = next((k for k in ("CausalLM", "SequenceClassification") if k in kinds[0]), "")
+    kind = "CausalLM" if kinds[0].endswith("LMHeadModel") else kind
+    return load_network(kind, model, None), kind == "CausalLM"
+
+
+@torch.no_grad()
+def measure(network: nn.Module, data: TextData, windows: int, title: str) -> dict[str, Any] | None:
+    """Perplexity by block windows over the first ``windows`` windows of validation text; None where there are none.
+
+    Example: ``measure(network, data, 64, "before")["perplexity"]``.
+    """
+    kept = data.val_set
+    if kept is None or not windows:
+        return None
+    kept = kept.subset(torch.arange(min(windows, len(kept))))
+    total, count, training = 0.0, 0, network.training
+    network.eval()
+    for indices in track(torch.split(torch.arange(len(kept)), 8), description=title, transient=True):
+        ids, labels = kept.__getitems__(indices)
+        loss, scored = next_token_loss(logits_of(network, ids), labels)
+        total, count = total + float(loss), count + int(scored)
+    network.train(training)
+    return {"perplexity": float(torch.tensor(total / count, dtype=torch.float64).exp()), "tokens": count}
+
+
+def _record(asked: Prune, pattern: str, report: OneShotReport, before: Any, after: Any) -> dict[str, Any]:
+    return {
+        "asked": {key: value for key, value in asdict(asked).items() if key != "pattern"} | {"pattern": pattern},
+        "sparsity": report.sparsity,
+        "dense": before,
+        "pruned": after,
+        "samples": report.samples,
+        "unseen_experts": report.unseen,
+        "layers": [asdict(row) for row in report.rows],
+        "seconds": report.seconds,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in ("sparsetrain", "torch", "transformers")},
+    }

@@ -1,0 +1,107 @@
+"""The command `prune`: a folder goes in, a folder that stock transformers loads comes out, and mistakes leave nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from sparsetrain.data import TextData
+from sparsetrain.patterns import parse_pattern
+from sparsetrain.tasks.perplexity import perplexity
+from tests.recipes.conftest import Cli
+
+
+@pytest.fixture
+def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny Llama that reads bytes, as somebody else saved it; its folder's parent is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 258}
+    config = LlamaConfig(**sizes, max_position_embeddings=64, bos_token_id=None, eos_token_id=257)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+SMALL = ("--data", "shakespeare", "--tokenizer", "bytes", "--window", "32", "--samples", "8", "--evaluate", "4")
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "magnitude"])
+def test_stock_transformers_loads_what_was_pruned(llama: Path, cli: Cli, criterion: str) -> None:
+    ended = cli("prune", llama, *SMALL, "--pattern", "4:8", "--criterion", criterion, "--out", "out")
+    assert (ended.code, ended.err) == (0, ""), ended.err
+    assert "after, by block windows of 32 tokens" in " ".join(ended.out.split())
+    stock, before = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("out", llama))
+    pattern = parse_pattern("4:8")
+    for name, weight in stock.named_parameters():
+        if ".layers." in name and weight.ndim == 2:
+            pattern.check(weight != 0, 0.5)
+            with pytest.raises(Exception, match=r"4:8|pruned"):  # the same check on what was not pruned
+                pattern.check(before.get_parameter(name) != 0, 0.5)
+        elif weight.ndim == 2:
+            assert bool((weight != 0).all())
+    found = json.loads(Path("out/sparsetrain.json").read_text(encoding="utf-8"))
+    assert (found["sparsity"], found["asked"]["pattern"], len(found["layers"])) == (0.5, "4:8", 14)
+    assert found["samples"] == (0 if criterion == "magnitude" else 8)
+    # The first 4 windows of validation text, whose first tokens nothing predicts.
+    data = TextData("shakespeare", tokenizer="bytes", window=32)
+    data.setup()
+    assert data.val_set is not None
+    text = torch.cat([data.val_set[i][0] for i in range(4)])
+    for key, model in (("dense", before), ("pruned", stock)):
+        assert found[key]["tokens"] == 4 * 31
+        assert found[key]["perplexity"] == pytest.approx(perplexity(model, text, 32), rel=1e-5)
+
+
+def test_wanda_compares_within_rows_unless_a_pattern_is_given(llama: Path, cli: Cli) -> None:
+    assert cli("prune", llama, *SMALL, "--sparsity", "0.25", "--out", "out").code == 0
+    weight = AutoModelForCausalLM.from_pretrained("out").model.layers[1].mlp.down_proj.weight
+    assert (weight == 0).sum(1).tolist() == [16] * 32
+    assert cli("prune", llama, *SMALL, "--sparsity", "0.25", "--pattern", "unstructured", "--out", "other").code == 0
+    weight = AutoModelForCausalLM.from_pretrained("other").model.layers[1].mlp.down_proj.weight
+    assert int((weight == 0).sum()) == 512
+    assert len(set((weight == 0).sum(1).tolist())) > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--pattern", "3:5"), ["3:5"]),
+        (("--criterion", "wonda", "--sparsity", "0.5"), ["wonda", "Did you mean 'wanda'"]),
+        (("--criterion", "taylor", "--sparsity", "0.5"), ["gradient"]),
+        (("--sparsity", "50"), ["50", "0.5"]),
+        ((), ["how sparse"]),
+        (("--sparsity", "0.5", "--data", "shakespear"), ["shakespear", "Did you mean 'shakespeare'"]),
+        (("--sparsity", "0.5", "--window", "100"), ["100", "64"]),
+        (("--sparsity", "0.5", "--samples", "0"), ["samples=0"]),
+        (("--sparsity", "0.5", "--dtype", "float8"), ["float8"]),
+        (("--sparsity", "0.5", "--exclude", "["), ["targets.exclude"]),
+        (("--sparsity", "0.5", "--tokenizer", "bpe:4096"), ["4096", "258"]),
+    ],
+)
+def test_a_mistake_is_told_and_nothing_is_written(llama: Path, cli: Cli, arguments: tuple[str, ...], told: list[str]) -> None:
+    ended = cli("prune", llama, *SMALL, *arguments, "--out", "out")
+    assert ended.code == 2, ended.out
+    assert "Traceback" not in ended.err
+    for text in told:
+        assert text in ended.err, ended.err
+    assert not Path("out").exists()
+
+
+def test_neither_the_model_nor_a_folder_in_use_is_overwritten(llama: Path, cli: Cli) -> None:
+    before = (llama / "model.safetensors").read_bytes()
+    ended = cli("prune", llama, *SMALL, "--pattern", "2:4", "--out", llama)
+    assert (ended.code, "in use" in ended.err) == (2, True)
+    assert (llama / "model.safetensors").read_bytes() == before
+    ended = cli("prune", "no/such/model", *SMALL, "--pattern", "2:4", "--out", "out")
+    assert (ended.code, "no/such/model" in ended.err) == (2, True)
+
+
+def test_a_sparse_model_is_not_pruned_to_another_pattern(llama: Path, cli: Cli) -> None:
+    assert cli("prune", llama, *SMALL, "--sparsity", "0.5", "--out", "half").code == 0
+    ended = cli("prune", "half", *SMALL, "--pattern", "2:4", "--out", "out")
+    assert (ended.code, "50% zero already" in ended.err) == (2, True), ended.err
+    assert not Path("out").exists()
