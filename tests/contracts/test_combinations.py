@@ -1,8 +1,8 @@
 """Promise 5: every method with every criterion and every pattern does exactly what was asked, or refuses before the first step.
 
 The table is made of `criteria.NAMES`, the patterns and `callbacks.NAMES`: a criterion or a method that is added later is in it.
-A method takes part if its constructor takes a pattern; what else it needs to run is in `SETTINGS`. Only KeepMasks does not: it
-keeps what is there and is asked for nothing.
+A method takes part if its constructor takes a pattern; what else it needs to run is in `SETTINGS`. Those of `KEEPING` do not:
+they keep what is there and are asked for nothing.
 """
 
 from __future__ import annotations
@@ -48,8 +48,11 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         for rule in ("set", "rigl", "granet", "sparse_momentum")
     },
     "NMTraining": {"straight-through": {}},
+    "OneShotPruning": {"one shot": {}},
     "LotteryTickets": {"tickets": {"rounds": TicketRounds(count=1, every="6st", prune_rate=SPARSITY)}},
 }
+
+KEEPING = {"KeepMasks", "SparseLoRA"}
 
 DATA = [name for name, kind in criteria.NAMES.items() if kind.source != "weights"]
 
@@ -72,13 +75,15 @@ REFUSED: dict[tuple[str, str, str], str] = {
     **{("straight-through", "*", p): "is no N:M pattern; write keep:group such as 2:4" for p in PATTERNS if p != "2:4"},
     ("tickets", "*", "2:4"): "2:4 has one sparsity and cannot follow rounds",
     **{("tickets", name, "*"): "needs data; tickets need one of weights" for name in DATA},
+    **{("one shot", name, "*"): "needs gradients of the loss" for name in ("gradient", "snip", "taylor", "fisher", "obs")},
+    **{("one shot", name, "*"): "watches training, and one-shot pruning sees none" for name in ("movement", "platon")},
     ("cubic, global", "*", "unstructured:row"): "cannot follow a global threshold",
 }
 
 
 def methods() -> dict[str, type[SparsityCallback]]:
     """The methods whose constructor takes a pattern and that are asked for a sparsity."""
-    return {name: kind for name, kind in callbacks.NAMES.items() if "pattern" in arguments(kind) and name != "KeepMasks"}
+    return {name: kind for name, kind in callbacks.NAMES.items() if "pattern" in arguments(kind) and name not in KEEPING}
 
 
 def arguments(kind: type[SparsityCallback]) -> set[str]:

@@ -36,6 +36,7 @@ from tests.unit.test_calibration import differences, snapshot
 
 from .promises import same_bits
 
+torch.manual_seed(0)
 _LLAMA = LlamaForCausalLM(
     LlamaConfig(
         vocab_size=32,
@@ -424,7 +425,9 @@ def test_experts_that_no_token_reached_are_told_and_pruned_by_magnitude(criterio
     report = prune_oneshot(manager, windows(), 0.5, criterion=criterion)
     name = "model.layers.0.mlp.experts.gate_up_proj"
     assert f"{name}[3]" in report.unseen
-    assert next(row.note for row in report.rows if row.name == name) == "1 of 4 experts saw no data"
+    unseen = sum(text.startswith(name) for text in report.unseen)
+    assert unseen in (1, 2)  # each token goes to two of the other three
+    assert next(row.note for row in report.rows if row.name == name) == f"{unseen} of 4 experts saw no data"
     assert manager.verify(strict=True).ok
     lone = nn.Linear(16, 16, bias=False)
     lone.weight = nn.Parameter(before[3])
