@@ -92,7 +92,12 @@ def read(path: Path) -> NotebookNode:
 
 
 def test_there_are_notebooks():
-    assert [path.stem for path in NOTEBOOKS] == ["dense_to_sparse", "sparse_from_the_start", "what_to_prune"]
+    assert [path.stem for path in NOTEBOOKS] == [
+        "dense_to_sparse",
+        "prune_a_language_model",
+        "sparse_from_the_start",
+        "what_to_prune",
+    ]
 
 
 @every_notebook

@@ -2,8 +2,9 @@
 
 Lightning restores weights, optimizers, schedulers and counters, but no random state, and it starts an ordinary DataLoader
 anew when a checkpoint was written inside an epoch. So the state saved here is: every random stream now, the streams as they
-were when this epoch's iterator was made, and how many batches of it are done. On resume the iterator is made again from the
-same streams and the done batches are skipped; a loader that restores its own position (``state_dict``) is left to itself.
+were when this epoch's iterator was made, how many batches of it are done, and the seed of the run. On resume the iterator is
+made again from the same streams and the done batches are skipped; a loader that restores its own position (``state_dict``) is
+left to itself.
 
 Validation is kept from moving the streams of training: how often one validates changes nothing, and a checkpoint written
 before a validation resumes like one written after it.
@@ -15,6 +16,7 @@ epoch; a checkpoint written between two batches of one accumulated step (Lightni
 
 from __future__ import annotations
 
+import os
 import random
 from typing import Any
 
@@ -94,6 +96,7 @@ class ExactResume:
     """Owned by a sparsity callback, which calls these hooks; see the module's text."""
 
     def __init__(self) -> None:
+        self.seed = 0
         self.batches = 0
         self._skip = 0
         self._epoch_streams: dict[str, Any] | None = None
@@ -111,7 +114,7 @@ class ExactResume:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             everyone = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, mine)
-        return {"batches": self.batches, "streams": everyone}
+        return {"seed": self.seed, "batches": self.batches, "streams": everyone}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Kept until training starts: Lightning still builds loaders and moves streams in between."""
@@ -124,6 +127,8 @@ class ExactResume:
             isinstance(loader, DataLoader) and not hasattr(loader, "load_state_dict") for loader in loaders.flattened
         )
         pending, self._pending = self._pending, None
+        # Lightning's seed_everything leaves it there, for all ranks; a recipe's seed.
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED") or 0) if pending is None else int(pending["seed"])
         if pending is not None:
             finish_epoch(trainer)
         self.batches, self._skip = 0, 0
@@ -139,6 +144,11 @@ class ExactResume:
         if ordinary and fetcher is not None:
             watch(fetcher, self)
             iter(fetcher)
+
+    def seed_at(self, step: int) -> int:
+        """A seed for what is drawn apart from training at a step, such as calibration batches; the same in a resumed run."""
+        # Not the sum: seed 0 at step 1 would then be seed 1 at step 0.
+        return int(np.random.SeedSequence([self.seed, step]).generate_state(1, np.uint64)[0])
 
     def validate(self, trainer: Trainer) -> None:
         """Run the validation that was due when the checkpoint was written."""

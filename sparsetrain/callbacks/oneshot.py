@@ -6,7 +6,7 @@ gradual pruning (`PruneFinetune`) is better: there a single cut is too deep.
 
 What it does: at ``start`` every block is measured on what the blocks before it, pruned already, give it, and is pruned; see
 `sparsetrain.oneshot` (the order of Frantar and Alistarh 2023, arXiv 2301.00774, sec. 3, and Sun et al. 2023, arXiv 2306.11695,
-sec. 3). What follows is fine-tuning.
+sec. 3). What follows is fine-tuning; a recipe with ``trainer.max_epochs: 0`` prunes and trains nothing.
 
 Knobs: ``criterion``: ``"wanda"`` (published with pattern ``unstructured:row``), ``"sparsegpt"`` (moves the survivors too:
 better at 2:4 and above 60 %); its ``batches``: 128 samples are usual, more helps little. ``allocation: owl`` above 60 %.

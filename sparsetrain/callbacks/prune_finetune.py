@@ -175,7 +175,7 @@ class PruneFinetune(SparsityCallback):
             return
         if self._done == 0 and self.before_first_change is not None and step > 0:
             self.before_first_change(trainer)
-        recalibrate(trainer, self.masks, self.criterion, step)
+        recalibrate(trainer, self.masks, self.criterion, self.resume.seed_at(step))
         self._apply(steps[target], step, f"round {target + 1} of {len(steps)}")
         self._done, self._last, self._early = target + 1, step, False
         self._watch.next_round()

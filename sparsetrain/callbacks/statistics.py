@@ -27,18 +27,15 @@ from sparsetrain.errors import DataError, DivergedError, RecipeError
 from sparsetrain.masks import MaskManager
 
 
-def recalibrate(trainer: Trainer, manager: MaskManager, criterion: Criterion, step: int) -> None:
-    """Let a criterion that calibrates see fresh training batches; others need nothing.
-
-    The batches are a function of the step alone, the same in a run that was interrupted.
-    """
+def recalibrate(trainer: Trainer, manager: MaskManager, criterion: Criterion, seed: int) -> None:
+    """Let a criterion that calibrates see the training batches that ``seed`` decides; others need nothing."""
     if not isinstance(criterion, StatisticsCriterion) or criterion.source != "calibration":
         return
     module, streams = trainer.lightning_module, capture()
-    torch.manual_seed(step)  # random augmentation
+    torch.manual_seed(seed)  # random augmentation
     try:
         with silenced(module):
-            calibrate(manager, criterion, training_batches(trainer, step), lambda batch: loss_of(trainer, batch))
+            calibrate(manager, criterion, training_batches(trainer, seed), lambda batch: loss_of(trainer, batch))
     finally:
         restore(streams)
 

@@ -4,19 +4,20 @@ An experiment file (``recipes/experiments/NAME.yaml``) says ``question``, ``reci
 ``rows``, each with ``method``, ``overrides``, and what is to be compared: ``published``, ``source``, ``goal``. A row may also
 have
 
-* ``name``: others may refer to it; ``goal: {row: dense, plus: 0.1}`` is its mean plus 0.1;
+* ``name``: others may refer to it; ``goal: {row: dense, plus: 0.1}`` is its mean plus 0.1, ``{row: dense, times: 1.03}`` 1.03
+  times its mean, ``{row: pruned, share: 0.6, towards: dense}`` what closes 0.6 of the gap between the means of the two;
 * ``recipe``: another than the experiment's;
 * ``value``: a path into metrics.json (``method.rounds.3.end.test/accuracy``) instead of the final test error, with ``metric``,
-  ``higher_is_better``, and ``sparsity``, a path too.
+  ``higher_is_better``, and ``sparsity``, a path too, or 0 for a value of the dense model.
 
 ``curves`` are drawn from lists in metrics.json: ``title``, ``list`` (``method.rounds``), ``x`` and ``y`` (paths inside an
 entry), ``x_label``, ``y_label``, ``log_x``, and ``lines``: name of a stage or row -> label. An accuracy is drawn as an error in
 percent, a sparsity as percent kept.
 
 ``stages`` are commands that rows need and that are no rows themselves: ``name``, ``command`` (``run`` if not given),
-``recipe``, ``overrides``. In overrides ``@NAME`` is the directory of that stage or row for the same seed. Every run goes to a
-directory of its own; equal runs are one run; one that is finished is not run again, so that a broken-off experiment goes on
-where it was.
+``recipe``, ``overrides``, and ``seed``, to run once and not for every seed. In overrides ``@NAME`` is the directory of that
+stage or row for the same seed. Every run goes to a directory of its own; equal runs are one run; one that is finished is not
+run again, so that a broken-off experiment goes on where it was.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ def load_experiment(path: Path) -> dict[str, Any]:
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise RecipeError(f"{path}: seeds is {seeds!r}; give a list of whole numbers, such as [0, 1, 2]")
     _require_entries(path, "stages", found.setdefault("stages", []), {"name", "overrides"})
+    for index, stage in enumerate(found["stages"]):
+        if type(stage.get("seed", 0)) is not int:
+            raise RecipeError(f"{path}: stages[{index}].seed is {stage['seed']!r}; give a whole number, or none")
     _require_entries(path, "rows", found["rows"], _ROW_KEYS)
     if not found["rows"]:
         raise RecipeError(f"{path}: rows must name at least one")
@@ -58,15 +62,39 @@ def load_experiment(path: Path) -> dict[str, Any]:
     if twice:
         raise RecipeError(f"{path}: two stages or rows have the name {twice[0]!r}")
     for index, row in enumerate(found["rows"]):
-        goal, names = row["goal"], [other["name"] for other in found["rows"][:index] if "name" in other]
-        if isinstance(goal, dict) and goal.get("row") not in names:
-            raise RecipeError(
-                f"{path}: rows[{index}].goal names row {goal.get('row')!r}; rows before it are {', '.join(names)}"
-            )
-        if not (goal is None or is_number(goal.get("plus") if isinstance(goal, dict) else goal)):
-            raise RecipeError(f"{path}: rows[{index}].goal is {goal!r}; give a number, {{row: NAME, plus: 0.1}}, or null")
+        names = [other["name"] for other in found["rows"][:index] if "name" in other]
+        _require_goal(f"{path}: rows[{index}].goal", row["goal"], names)
     _require_entries(path, "curves", found.get("curves", []), _CURVE_KEYS)
     return found
+
+
+def _require_goal(where: str, goal: Any, names: Sequence[str]) -> None:
+    """Raise unless it is a number, None, or follows from the rows of these names."""
+    if not isinstance(goal, dict):
+        known = goal is None or is_number(goal)
+    else:
+        for key in ("row", "towards"):
+            if key in goal and goal[key] not in names:
+                raise RecipeError(f"{where} names row {goal[key]!r}; rows before it are {', '.join(names)}")
+        kinds = ({"row", "plus"}, {"row", "times"}, {"row", "share", "towards"})
+        known = set(goal) in kinds and all(is_number(goal[key]) for key in ("plus", "times", "share") if key in goal)
+    if not known:
+        raise RecipeError(
+            f"{where} is {goal!r}; give a number, {{row: NAME, plus: 0.1}}, {{row: NAME, times: 1.03}}, "
+            "{row: NAME, share: 0.6, towards: OTHER}, or null"
+        )
+
+
+def _goal(goal: Any, before: Mapping[str, Mapping[str, Any]]) -> Any:
+    """The number that a goal stands for, given the rows recorded before it."""
+    if not isinstance(goal, Mapping):
+        return goal
+    mean = before[goal["row"]]["mean"]
+    if "times" in goal:
+        return round(mean * goal["times"], 4)
+    if "share" in goal:
+        return round(mean + goal["share"] * (before[goal["towards"]]["mean"] - mean), 4)
+    return round(mean + goal["plus"], 4)
 
 
 def _require_entries(path: Path, what: str, entries: Any, keys: set[str]) -> None:
@@ -148,7 +176,8 @@ def experiment_jobs(experiment: Mapping[str, Any], path: Path, work: Path) -> tu
         for label, entry in [*stages, *rows]:
             recipe = path.parent / entry.get("recipe", experiment["recipe"])
             overrides = {key: _placed(value, named, path) for key, value in entry["overrides"].items()}
-            job = make_job(entry.get("command", "run"), recipe, overrides, seed, work / f"{label}-seed{seed}", named.values())
+            own = entry.get("seed", seed)
+            job = make_job(entry.get("command", "run"), recipe, overrides, own, work / f"{label}-seed{own}", named.values())
             out = same.setdefault(job.identity, job.out)
             todo.setdefault(out, job)
             owners[label, seed] = out
@@ -234,11 +263,10 @@ def _row(
     is_error = path.endswith("test/accuracy") and "metric" not in row
     found = [_number(run, path) for run in runs]
     values = [round(100 * (1 - value) if is_error else value, 4) for value in found]
-    sparsity = statistics.fmean(_number(run, row.get("sparsity", "sparsity.actual")) for run in runs)
-    patterns = sorted({layer["pattern"] for run in runs for layer in run["layers"]}) or ["dense"]
-    mean, goal, higher = statistics.fmean(values), row["goal"], bool(row.get("higher_is_better", False))
-    if isinstance(goal, Mapping):
-        goal = round(before[goal["row"]]["mean"] + goal["plus"], 4)
+    kept = row.get("sparsity", "sparsity.actual")
+    sparsity = 0.0 if kept == 0 else statistics.fmean(_number(run, kept) for run in runs)
+    patterns = sorted({layer["pattern"] for run in runs for layer in run["layers"]} if kept != 0 else ()) or ["dense"]
+    mean, goal, higher = statistics.fmean(values), _goal(row["goal"], before), bool(row.get("higher_is_better", False))
     return {
         "method": row["method"],
         "model": experiment["model"],

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jsonargparse import Namespace
@@ -23,7 +23,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
-from sparsetrain.callbacks import DepthPruning, SparsityCallback
+from sparsetrain.callbacks import DepthPruning, OneShotPruning, SparsityCallback
 from sparsetrain.callbacks.checkpoints import AtomicCheckpoints, StopOnDivergence
 from sparsetrain.callbacks.files import written
 from sparsetrain.callbacks.progress import EpochLines
@@ -33,7 +33,7 @@ from sparsetrain.recipe.build import Built, as_recipe_error, build, instantiate,
 from sparsetrain.recipe.directory import WriteConfig, check_resume, last_checkpoint, resume_path, write_metrics
 from sparsetrain.recipe.flops import flops
 from sparsetrain.recipe.history import History
-from sparsetrain.recipe.metrics import evaluate, sparsity
+from sparsetrain.recipe.metrics import evaluate, only_prunes, sparsity
 from sparsetrain.recipe.quiet import quiet
 from sparsetrain.recipe.schema import load_recipe, recipe_parser
 from sparsetrain.schedules import Clock
@@ -127,10 +127,13 @@ def _train(config: Namespace, built: Built, out: Path, text: str, resume: Path |
     method = built.method
     if method is not None:
         method.before_first_change = lambda t: _save_dense(t, method, out)
+    if isinstance(method, OneShotPruning) and only_prunes(config) and Clock(100, 10).steps(method.schedule.at):
+        raise RecipeError(f"nothing would be pruned: method.start is {method.schedule.at}, and no step is trained; write 0st")
     if 0 in (trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches):
         raise RecipeError(
             f"nothing would be trained: trainer.max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
-            f"limit_train_batches={config.trainer.limit_train_batches}; give all of them more than 0"
+            f"limit_train_batches={config.trainer.limit_train_batches}; give all of them more than 0 (only method "
+            "OneShotPruning can do without training)"
         )
     with lightning_as_recipe_errors():
         trainer.fit(
@@ -185,20 +188,33 @@ def make_trainer(config: Namespace, built: Built, out: Path, history: History, t
         enable_version_counter=False,
         auto_insert_metric_name=False,
     )
-    live = sys.stdout.isatty()
+    live, alone = sys.stdout.isatty(), only_prunes(config)
     callbacks: list[Callback] = [
         *([] if built.method is None else [built.method]),
         *built.callbacks,
         StopOnDivergence(),
         WriteConfig(out, text),
         last,
+        *([PruneAlone()] if alone else []),
         RichProgressBar() if live else EpochLines(),
     ]
-    options = dict(config.trainer)
+    options = dict(config.trainer) | (PruneAlone.OPTIONS if alone else {})
     options["enable_progress_bar"] = live and options.get("enable_progress_bar") is not False
     options["enable_model_summary"] = bool(options.get("enable_model_summary"))
     with as_recipe_error("trainer"):
         return Trainer(**options, callbacks=callbacks, logger=history, plugins=[AtomicCheckpoints()], default_root_dir=str(out))
+
+
+class PruneAlone(Callback):
+    """Ends a run as soon as it has begun: with 0 steps Lightning does not begin at all, and no method comes to its turn."""
+
+    OPTIONS: ClassVar[dict[str, Any]] = {"max_epochs": 1, "max_steps": -1, "num_sanity_val_steps": 0} | dict.fromkeys(
+        ("min_epochs", "min_steps", "max_time")
+    )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The method has had its turn."""
+        trainer.should_stop = True
 
 
 def dense_twin(recipe: Path, overrides: Sequence[str], out: Path) -> dict[str, Any]:

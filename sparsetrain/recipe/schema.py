@@ -22,6 +22,7 @@ from torch import nn
 import sparsetrain.data
 import sparsetrain.tasks  # noqa: F401
 from sparsetrain.callbacks import SparsityCallback
+from sparsetrain.data.tokens import find_model
 from sparsetrain.errors import RecipeError, nearest
 from sparsetrain.recipe.explain import explain
 
@@ -68,7 +69,12 @@ def recipe_parser(prog: str = "sparsetrain run", description: str | None = None)
     parser.add_argument("--data", type=LightningDataModule | None, default=None, help="a LightningDataModule")
     parser.add_argument("--method", type=SparsityCallback | None, default=None, help="what makes it sparse; null trains dense")
     parser.add_argument("--callbacks", type=list[Callback], default=[], help="further Lightning callbacks (EMA, ...)")
-    parser.add_argument("--init_from", type=str | None, default=None, help="start from these weights: a checkpoint or run")
+    parser.add_argument(
+        "--init_from",
+        type=str | None,
+        default=None,
+        help="start from these weights: a checkpoint, a run, $SPARSETRAIN_DATA/models/NAME",
+    )
     parser.add_argument("--dense_twin", type=bool, default=False, help="train the same recipe without the method too")
     parser.add_argument("--checkpoint_every", type=str, default="1ep", help="how often last.ckpt is written: 1ep, 500st")
     parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=set(_OURS))
@@ -136,7 +142,10 @@ _ERRORS = (ArgumentError, TypeError, ValueError, yaml.YAMLError)
 def _parse(parser: ArgumentParser, path: Path, overrides: Sequence[str]) -> Namespace:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return parser.parse_args(["--config", str(path), *overrides])
+        config = parser.parse_args(["--config", str(path), *overrides])
+    if config.get("init_from") is not None:
+        config.init_from = find_model(config.init_from)
+    return config
 
 
 def header(path: Path) -> dict[str, str]:

@@ -26,7 +26,8 @@ class CausalLM(Task):
     ranks. Which windows the perplexity is over, the data say: block windows, or sliding ones with ``TextData(stride=...)``.
 
     Args:
-        model: a ``from_pretrained`` folder, or a name on the Hugging Face hub; loaded in float32.
+        model: a ``from_pretrained`` folder, also by its name in ``$SPARSETRAIN_DATA/models``, or a name on the Hugging Face
+            hub; loaded in float32.
         config: instead of model: ``{model_type: llama, vocab_size: 258, hidden_size: 64, ...}``, built with random weights.
         network: instead of both: any module from ids (B, T) to logits (B, T, vocabulary), or to an output with ``logits``.
         optimizer: builds the optimizer from the parameters.
