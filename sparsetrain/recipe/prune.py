@@ -76,6 +76,11 @@ def prune_model(asked: Prune, out: Path, work: Path | None = None, overwrite: bo
     """
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not overwrite)):
         raise RecipeError(f"--out {out} is in use; choose another folder, or --overwrite to replace it")
+    for name, folder in (("--out", out), ("--work", work)):
+        # Told now, not when the pruned model is to be written.
+        taken = [place for place in (folder, *folder.parents) if place.is_file()] if folder is not None else []
+        if taken:
+            raise RecipeError(f"{name} {folder}: {taken[0]} is a file; choose another folder")
     pattern = asked.pattern or ("unstructured:row" if asked.criterion in _WITHIN_ROWS else "unstructured")
     parse_pattern(pattern)
     network, writes = network_of(asked.model)

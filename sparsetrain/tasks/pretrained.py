@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from sparsetrain.data.tokens import find_model
 from sparsetrain.errors import MaskStateError, RecipeError, nearest
-from sparsetrain.tasks.perplexity import logits_of
 
 #: What every configuration takes beside the arguments of its class.
 _COMMON = {"num_labels", "rope_theta", "rope_scaling"}
@@ -38,7 +37,7 @@ def load_network(kind: str, model: str | None, config: dict[str, Any] | None, **
     On the meta device (``sparsetrain plan``) no weights are read.
 
     Args:
-        kind: ``"CausalLM"`` or ``"SequenceClassification"``.
+        kind: ``"CausalLM"``, ``"SequenceClassification"``, or ``""`` for the bare network, such as an encoder.
         model: a ``from_pretrained`` folder (also by its name in ``$SPARSETRAIN_DATA/models``) or a name on the hub.
         config: ``model_type`` and arguments of its configuration, with ``vocab_size``.
         options: of the configuration, over what it says itself (``num_labels``).
@@ -52,7 +51,7 @@ def load_network(kind: str, model: str | None, config: dict[str, Any] | None, **
     if (model is None) == (config is None):
         raise RecipeError(f"model={model!r} and config={config!r}: give one of them, a folder or name, or a configuration")
     transformers = _transformers()
-    auto = getattr(transformers, f"AutoModelFor{kind}")
+    auto = getattr(transformers, f"AutoModelFor{kind}" if kind else "AutoModel")
     chosen = {key: value for key, value in options.items() if value is not None}
     if config is not None:
         return _built(transformers, auto, config | chosen)
@@ -71,7 +70,9 @@ def load_network(kind: str, model: str | None, config: dict[str, Any] | None, **
     # A classifier's head (and pooler) may be new, a language model may not.
     if kind == "SequenceClassification":
         inside = f"{network.base_model_prefix}."
-        lost = [name for name in lost if name.startswith(inside) and ".pooler." not in name]
+        lost = [name for name in lost if name.startswith(inside)]
+    if kind != "CausalLM":
+        lost = [name for name in lost if "pooler." not in name]
     if lost:
         raise RecipeError(f"model {model!r} lacks {lost[0]} and {len(lost) - 1} other weights of {type(network).__name__}")
     return network.train()  # from_pretrained leaves it in eval mode, where nothing drops out
@@ -196,12 +197,20 @@ def _verify(network: Any, folder: Path) -> None:
     network.eval()
     try:
         with torch.no_grad():
-            before, after = (logits_of(part, ids).float() for part in (network, again.eval()))
+            before, after = (_output(part, ids).float() for part in (network, again.eval()))
     finally:
         network.train(training)
     worst = float((before - after).abs().max())
     if not worst <= 1e-4 * max(1.0, float(before.abs().max())):
-        raise MaskStateError(f"the logits of {folder.name} differ from the model's by {worst:.2g}; nothing was written")
+        raise MaskStateError(f"the outputs of {folder.name} differ from the model's by {worst:.2g}; nothing was written")
+
+
+def _output(network: nn.Module, ids: Tensor) -> Tensor:
+    """The logits of a model, or the hidden states of one without a head."""
+    output = network(ids)
+    found = getattr(output, "logits", None)
+    hidden: Tensor = output.last_hidden_state if found is None else found
+    return hidden
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from sparsetrain.data import TextData
 from sparsetrain.patterns import parse_pattern
@@ -98,6 +98,25 @@ def test_neither_the_model_nor_a_folder_in_use_is_overwritten(llama: Path, cli: 
     assert (llama / "model.safetensors").read_bytes() == before
     ended = cli("prune", "no/such/model", *SMALL, "--pattern", "2:4", "--out", "out")
     assert (ended.code, "no/such/model" in ended.err) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["--out", "--work"])
+def test_a_folder_that_cannot_be_is_told_before_anything_is_pruned(llama: Path, cli: Cli, name: str) -> None:
+    Path("file").write_text("taken")
+    ended = cli("prune", llama, *SMALL, "--pattern", "2:4", "--out", "out", name, "file/inside")
+    assert (ended.code, ended.out, "file is a file" in ended.err) == (2, "", True), ended.err
+    assert not Path("out").exists()
+
+
+def test_an_encoder_has_no_perplexity_and_is_pruned_too(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 258}
+    BertModel(BertConfig(**sizes)).save_pretrained("bert")
+    ended = cli("prune", "bert", *SMALL, "--pattern", "2:4", "--out", "out")
+    assert (ended.code, "perplexity" in ended.out) == (0, False), ended.err
+    weight = AutoModel.from_pretrained("out").encoder.layer[1].output.dense.weight
+    assert (weight.view(-1, 4) == 0).sum(1).tolist() == [2] * 512
 
 
 def test_a_sparse_model_is_not_pruned_to_another_pattern(llama: Path, cli: Cli) -> None:
