@@ -15,7 +15,7 @@ EXAMPLES = {
     "verify": "sparsetrain verify runs/first",
     "report": "sparsetrain report runs/first",
     "list": "sparsetrain list schedules",
-    "record": "sparsetrain record recipes/experiments/mnist_prune_finetune.yaml --jobs 2",
+    "record": "sparsetrain record recipes/experiments/digits_criteria.yaml --jobs 2",
     "sensitivity": "sparsetrain sensitivity recipes/quickstart.yaml --units --parameters 64 --out runs/quickstart-sensitivity",
     "barrier": "sparsetrain barrier runs/seed0 runs/seed1 --out runs/barrier",
     "prune": "sparsetrain prune path/to/model --data shakespeare --pattern 2:4 --criterion sparsegpt --out pruned",
@@ -120,7 +120,7 @@ def prune_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a folder that from_pretrained reads, or a name on the hub")
     add("--data", required=True, metavar="TEXT", help="text to calibrate on: an embedded corpus, a file, a folder, a data set")
-    add("--out", type=Path, required=True, metavar="DIR", help="where the pruned model goes")
+    add("--out", type=Path, required=True, metavar="DIR", help="where the pruned model goes, in float32")
     add("--pattern", help="2:4, 4:8, unstructured, unstructured:row (wanda's and ria's own), block:16x16, ...")
     add("--sparsity", type=float, metavar="S", help="fraction of zeros over the targets; N:M patterns have only one")
     add("--criterion", default="wanda", help="wanda, ria, sparsegpt, magnitude (wanda)")
@@ -134,7 +134,7 @@ def prune_arguments(parser: Parser) -> None:
         ("batch", 4, "windows in a forward pass"),
     ):
         add(f"--{name}", type=int, default=default, metavar="N", help=f"{text} ({default})")
-    add("--dtype", help="type the blocks run in: bfloat16, float16, float32 (as stored)")
+    add("--dtype", help="type the blocks run in: bfloat16, float16, float32 (float32)")
     add("--offload", help="where hidden states wait: cpu, disk (the model's device)")
     for name in ("include", "exclude"):
         add(f"--{name}", action="append", default=[], metavar="REGEX", help=f"tensors to {name}, by name; may be repeated")

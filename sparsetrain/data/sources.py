@@ -6,7 +6,7 @@ Where a name is looked for, in this order:
    sources and licences are beside them in ``sparsetrain/data/corpora``;
 2. ``$SPARSETRAIN_DATA/lm/NAME`` (``cls/NAME`` for labelled text), ``$SPARSETRAIN_DATA/NAME``, the name as a path. A file is the
    training text. A folder holds ``train``, ``valid`` and ``test`` files, or what ``datasets`` has saved;
-3. a Hugging Face data set of that name.
+3. a Hugging Face data set of that name; ``NAME:CONFIGURATION`` where it has several (``wikitext:wikitext-2-raw-v1``).
 
 Files are UTF-8: ``.txt``, ``.jsonl`` and ``.tsv``, plain or ``.xz``. In a ``.txt`` file a line ``<|endoftext|>`` stands between
 two documents. In a ``.jsonl`` file a line is a document, and so is a row of a data set; the text is in the column "text", or
@@ -46,38 +46,55 @@ def read_documents(name: str) -> dict[str, list[str]]:
     return {split: _column(f"{name}[{split}]", data) for split, data in load_hub(name, path).items()}
 
 
-def read_labelled(name: str) -> dict[str, tuple[list[str], list[str]]]:
-    """Return texts and label names of each split of a source: ``.tsv`` files of ``label<TAB>text`` lines, or a data set.
+def read_labelled(name: str) -> tuple[dict[str, tuple[list[str], list[str]]], list[str]]:
+    """Return the texts and label names of each split of a source, and all labels in the order of their numbers.
 
-    Raises `DataError` as `read_documents` does, and for a line without a label.
+    A source is ``.tsv`` files of ``label<TAB>text`` lines, or a data set. Where a data set numbers its labels, these are the
+    numbers; labels that are numbers are sorted as such, names by letter. Of a data set, texts without a label (None, -1) are
+    left out. Raises `DataError` as `read_documents` does, and for a line without a label.
 
-    Example: ``texts, labels = read_labelled("banking77")["train"]``.
+    Example: ``splits, names = read_labelled("banking77")``, ``texts, labels = splits["train"]``.
     """
     path = _find(name, "cls")
     files = None if path is None else _files(path, (".tsv",))
-    if files:
-        return {split: _rows(file) for split, file in files.items()}
-    found = {}
-    for split, data in load_hub(name, path).items():
-        where = f"{name}[{split}]"
-        label = next((key for key in ("label", "labels", "intent", "category") if key in data.column_names), None)
-        if label is None:
-            raise DataError(f"{where} has no label column; its columns are {data.column_names}. Name one of them 'label'")
-        names = getattr(data.features[label], "names", None)
-        values = [names[value] if names else str(value) for value in data[label]]
-        found[split] = (_column(where, data.remove_columns(label)), values)
-    return found
+    order: list[str] = []
+    found = {split: _rows(file) for split, file in (files or {}).items()}
+    if not found:
+        for split, data in load_hub(name, path).items():
+            pairs, names = _labelled(f"{name}[{split}]", data)
+            order = order or names
+            if pairs:
+                found[split] = ([text for text, _ in pairs], [label for _, label in pairs])
+        if "train" not in found:
+            raise DataError(f"no text of {name}[train] has a label; take another source")
+    numbers = all(re.fullmatch(r"-?\d+", label) for label in found["train"][1])
+    return found, order or sorted(set(found["train"][1]), key=int if numbers else None)
+
+
+def _labelled(where: str, data: Any) -> tuple[list[tuple[str, str]], list[str]]:
+    """Texts with their labels, and the names of the labels in the order of their numbers, where they have some."""
+    column = next((key for key in ("label", "labels", "intent", "category") if key in data.column_names), None)
+    if column is None:
+        raise DataError(f"{where} has no label column; its columns are {data.column_names}. Name one of them 'label'")
+    names = list(getattr(data.features[column], "names", None) or ())
+    texts = data[_text_column(where, _texts(data.remove_columns(column)))]
+    # A test set that keeps its labels to itself says -1.
+    known = [
+        (str(text), label) for text, label in zip(texts, data[column], strict=True) if text and label not in (None, -1, "")
+    ]
+    return [(text, names[label] if names else str(label)) for text, label in known], names
 
 
 def cut_tail(documents: Sequence[str], share: float) -> tuple[list[str], list[str]]:
-    """Cut the last ``share`` of the characters off, at the next line break: what stays, and what was cut off.
+    """Cut the last ``share`` of the characters off, at the next line break if there is one: what stays, what was cut off.
 
     Example: ``cut_tail(["a\\nb\\nc\\nd\\n"], 0.25)`` gives ``(["a\\nb\\nc\\n"], ["d\\n"])``.
     """
     left = round((1 - share) * sum(map(len, documents)))
     for index, document in enumerate(documents):
         if left < len(document):
-            end = document.find("\n", max(left - 1, 0)) + 1 or len(document)
+            # The last line of all may have no end.
+            end = document.find("\n", max(left - 1, 0)) + 1 or (len(document) if documents[index + 1 :] else left)
             parts = [*documents[:index], document[:end]], [document[end:], *documents[index + 1 :]]
             return [text for text in parts[0] if text], [text for text in parts[1] if text]
         left -= len(document)
@@ -86,6 +103,8 @@ def cut_tail(documents: Sequence[str], share: float) -> tuple[list[str], list[st
 
 def _find(name: str, kind: str) -> Path | None:
     """The file or folder of this name, None for what may be on the hub; raises for a path that is not there."""
+    if not name.strip():
+        raise DataError(f"the name of a text is empty ({name!r}); give a file, a folder or a data set")
     shared = os.environ.get(FOLDER_VARIABLE)
     places = ([Path(shared) / kind / name, Path(shared) / name] if shared else []) + [Path(name).expanduser()]
     for place in places:
@@ -124,7 +143,7 @@ def _files(path: Path, kinds: tuple[str, ...]) -> dict[str, Path]:
 def _text(path: Path) -> str:
     try:
         raw = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at {error.start}; convert it (iconv -f latin1 -t utf-8)"
@@ -136,13 +155,18 @@ def _text(path: Path) -> str:
     return text
 
 
+def _lines(text: str) -> list[str]:
+    """At line breaks alone: ``str.splitlines`` also cuts at characters that stand inside texts, such as U+2028."""
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+
+
 def _documents(path: Path) -> list[str]:
     text = _text(path)
     if ".jsonl" not in path.suffixes[-2:]:
         found = re.split(rf"(?m)^{re.escape(END)}\n?", text)
     else:
         rows = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(_lines(text), 1):
             try:
                 row = json.loads(line) if line.strip() else {}
             except json.JSONDecodeError as error:
@@ -164,7 +188,7 @@ def _text_column(where: str, columns: Sequence[str]) -> str:
 
 def _rows(path: Path) -> tuple[list[str], list[str]]:
     texts, labels = [], []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_lines(_text(path)), 1):
         label, tab, text = line.partition("\t")
         if not (tab and label.strip() and text.strip()):
             raise DataError(f"{path}, line {number} is not label<TAB>text: {line[:60]!r}; give every text a label")
@@ -175,12 +199,15 @@ def _rows(path: Path) -> tuple[list[str], list[str]]:
 
 def _column(where: str, data: Any) -> list[str]:
     """The text column of a ``datasets.Dataset``."""
-    kinds = {key: getattr(feature, "dtype", None) for key, feature in data.features.items()}
-    columns = [key for key, kind in kinds.items() if kind in ("string", "large_string")]
-    documents = [str(text) for text in data[_text_column(where, columns)] if text]
+    documents = [str(text) for text in data[_text_column(where, _texts(data))] if text]
     if not documents:
         raise DataError(f"{where} is empty; give it text or leave it out")
     return documents
+
+
+def _texts(data: Any) -> list[str]:
+    kinds = {key: getattr(feature, "dtype", None) for key, feature in data.features.items()}
+    return [key for key, kind in kinds.items() if kind in ("string", "large_string")]
 
 
 def load_hub(name: str, folder: Path | None) -> dict[str, Any]:
@@ -199,11 +226,13 @@ def load_hub(name: str, folder: Path | None) -> dict[str, Any]:
         if folder is not None and any((folder / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(str(folder))
         else:
-            loaded = datasets.load_dataset(name if folder is None else str(folder))
+            loaded = datasets.load_dataset(*name.split(":", 1)) if folder is None else datasets.load_dataset(str(folder))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         place = f"the folder {folder}, which has no train text file," if folder else f"{name!r}, which is no file here,"
+        hint = f" Name one of them: {name}:CONFIGURATION." * ("Config name" in str(error))
         raise DataError(
-            f"{place} cannot be read as a data set either: {' '.join(str(error).split())}. Embedded are {', '.join(CORPORA)}"
+            f"{place} cannot be read as a data set either: {' '.join(str(error).split())}.{hint} "
+            f"Embedded are {', '.join(CORPORA)}"
         ) from error
     splits = {"train": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
     if "train" not in splits:

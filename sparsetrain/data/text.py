@@ -1,32 +1,28 @@
 """Text for language models: sources, a tokenizer, and windows of packed tokens; splits, limits, mixtures, calibration.
 
 Everything is a function of the source, the tokenizer and the seed, and nothing is cached: tokens live in memory (4 bytes each).
-A tokenizer trained here (``bpe:4096``) is saved into the run's directory, ``tokenizer/`` beside the checkpoints: to go on with
-the model on other text, name that folder as ``tokenizer``. A ``bpe:`` of other text has the same size and other meanings.
+A recipe's run saves a tokenizer that was trained here (``bpe:4096``) into its directory, ``tokenizer/`` beside the checkpoints:
+to go on with the model on other text, name that folder as ``tokenizer``. A ``bpe:`` of other text has the same size and other
+meanings. Outside of recipes ``data.save_trained(folder)`` writes it.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparsetrain.data.loading import ResumableDataModule, ResumableLoader
 from sparsetrain.data.sources import cut_tail, read_documents
-from sparsetrain.data.tokens import Tokenizer, get_tokenizer, known_size
+from sparsetrain.data.tokenized import TokenizedData
+from sparsetrain.data.tokens import get_tokenizer
 from sparsetrain.data.windows import TokenWindows
 from sparsetrain.errors import DataError
 
-_Made = TypeVar("_Made")
 
-
-class TextData(ResumableDataModule):
+class TextData(TokenizedData[TokenWindows]):
     """Windows of packed tokens as batches ``(input_ids, labels)``, int64 (B, T); resumable in mid-epoch.
 
     After ``setup``: ``tokenizer``, ``train_set``, ``val_set`` and ``test_set`` (`TokenWindows`; None where a source has no such
@@ -62,18 +58,15 @@ class TextData(ResumableDataModule):
         limit: int | dict[str, int] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer, batch_size, seed)
         self.sources = [source] if isinstance(source, str) else list(source)
         self.shares = [float(share) for share in source.values()] if isinstance(source, dict) else None
         if not self.sources or len(set(self.sources)) < len(self.sources):
             raise DataError(f"source={source!r} names nothing, or something twice; name each text once")
         if self.shares is not None and not all(0 < share < math.inf for share in self.shares):
             raise DataError(f"source={source!r}: shares must be positive and finite")
-        if window < 2 or batch_size < 1 or seed < 0 or (stride is not None and not 1 <= stride < window):
-            raise DataError(
-                f"window={window}, stride={stride}, batch_size={batch_size}, seed={seed}: a window has at least 2 tokens, a "
-                "stride is in [1, window), batch_size at least 1, seed at least 0"
-            )
+        if window < 2 or (stride is not None and not 1 <= stride < window):
+            raise DataError(f"window={window}, stride={stride}: a window has at least 2 tokens, a stride is in [1, window)")
         if not 0 <= held_out < 0.5:
             raise DataError(f"held_out={held_out} is no share in [0, 0.5)")
         limits = limit if isinstance(limit, dict) else dict.fromkeys(("train", "valid", "test"), limit)
@@ -83,39 +76,18 @@ class TextData(ResumableDataModule):
             raise DataError(
                 f"limit={limit} is no number of windows; a whole number from 1 on, {{train: 6400, test: 1024}}, or None"
             )
-        known_size(tokenizer)  # a name that cannot be, fails now
-        self.tokenizer_name = tokenizer
         self.window = window
-        self.batch_size = batch_size
         self.stride = stride
         self.held_out = held_out
         self.limits = limits
-        self.seed = seed
-        self.tokenizer: Tokenizer | None = None
-        self.train_set: TokenWindows | None = None
-        self.val_set: TokenWindows | None = None
-        self.test_set: TokenWindows | None = None
         self._streams: list[Tensor] = []
         self._counts: list[int] = []
-
-    @property
-    def vocab_size(self) -> int:
-        """Entries of the tokenizer: what a model built for it needs. Known before ``setup``."""
-        if self.tokenizer is None and (size := known_size(self.tokenizer_name)) is not None:
-            return size
-        self.tokenizer = self.tokenizer or get_tokenizer(self.tokenizer_name)
-        return self.tokenizer.vocab_size
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenize everything once, and check it against the trainer's model."""
         if self.train_set is None:
             self._read()
-        if self.trainer is not None:
-            require_fit(self.trainer.lightning_module, self.vocab_size, self.window)
-            folder = Path(self.trainer.default_root_dir)
-            own = folder.absolute() != Path(os.getcwd()).absolute()
-            if stage == "fit" and own and self.tokenizer_name.startswith("bpe:") and self.trainer.is_global_zero:
-                self._ready(self.tokenizer).save(folder / "tokenizer")
+        self._require_fit(self.window)
 
     def _read(self) -> None:
         texts = [self._splits(name) for name in self.sources]
@@ -186,47 +158,6 @@ class TextData(ResumableDataModule):
             start = int(torch.randint(len(stream) - size + 1, (), generator=generator))
             found.append(stream[start : start + size])
         return torch.stack(found).long()
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Return shuffled batches, resumable in mid-epoch."""
-        return self.loader(self._ready(self.train_set), self.batch_size, self.seed, train=True)
-
-    def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
-        """Return the validation batches in order, or no loader where there is no such text."""
-        return [] if self.val_set is None else self.loader(self.val_set, self.batch_size)
-
-    def test_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
-        """Return the test batches in order, or no loader where there is no such text."""
-        return [] if self.test_set is None else self.loader(self.test_set, self.batch_size)
-
-    def _ready(self, made: _Made | None) -> _Made:
-        if made is None:
-            raise DataError(f"TextData({', '.join(self.sources)}) has no data yet; call setup() first")
-        return made
-
-
-def require_fit(model: nn.Module, vocab_size: int, length: int) -> None:
-    """Raise `DataError` unless a transformers model, wherever it is inside ``model``, can read such ids and so many of them.
-
-    Example: ``require_fit(module, vocab_size=258, length=256)``.
-    """
-    for module in model.modules():
-        config, getter = getattr(module, "config", None), getattr(module, "get_input_embeddings", None)
-        if config is None or not callable(getter):
-            continue
-        rows = getattr(getattr(getter(), "weight", None), "shape", [vocab_size])[0]
-        if vocab_size > rows:
-            raise DataError(
-                f"the tokenizer has {vocab_size} entries, the embedding of {type(module).__name__} {rows}: they do not belong "
-                f"together; name the model's own tokenizer, or build the model with vocab_size: {vocab_size}"
-            )
-        longest = getattr(config, "max_position_embeddings", None)
-        if isinstance(longest, int) and 0 < longest < length:
-            raise DataError(
-                f"a window of {length} tokens is longer than the {longest} positions of {type(module).__name__} "
-                f"(max_position_embeddings); set window to at most {longest}"
-            )
-        return
 
 
 def _mix(available: Sequence[int], shares: Sequence[float] | None, limit: int | None) -> list[int]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparsetrain.data.loading import ResumableDataModule, ResumableLoader
 from sparsetrain.data.sources import read_labelled
-from sparsetrain.data.text import require_fit
-from sparsetrain.data.tokens import Tokenizer, get_tokenizer, known_size
+from sparsetrain.data.tokenized import TokenizedData
+from sparsetrain.data.tokens import get_tokenizer
 from sparsetrain.errors import DataError, nearest
 
 
@@ -48,10 +46,10 @@ class LabelledTexts:
         return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([self.labels[index] for index in chosen])}
 
 
-class TextClassificationData(ResumableDataModule):
+class TextClassificationData(TokenizedData[LabelledTexts]):
     """Labelled texts as batches ``{"input_ids", "attention_mask", "labels"}``, resumable in mid-epoch.
 
-    After ``setup``: ``label_names`` (those of the training text, sorted; a label's number is its place), ``num_classes``,
+    After ``setup``: ``label_names`` (a label's number is its place: as a data set numbers them, else sorted), ``num_classes``,
     ``train_set``, ``val_set`` and ``test_set`` (None without such a split and ``validation``).
 
     Args:
@@ -66,7 +64,7 @@ class TextClassificationData(ResumableDataModule):
 
     Raises:
         DataError: from the constructor for a bad argument; from ``setup`` for a missing, empty or unreadable source, a label
-            that the training text has not, or a model with other labels or a smaller vocabulary.
+            that the training text has not, or a model with fewer or otherwise numbered labels or a smaller vocabulary.
 
     Example: ``TextClassificationData("banking77", tokenizer="bytes", batch_size=32)``.
     """
@@ -81,58 +79,41 @@ class TextClassificationData(ResumableDataModule):
         limit: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        if max_length < 2 or batch_size < 1 or seed < 0 or not 0 <= validation < 1:
-            raise DataError(
-                f"max_length={max_length}, batch_size={batch_size}, seed={seed}, validation={validation}: max_length must be "
-                "at least 2, batch_size 1, seed 0, and validation in [0, 1)"
-            )
+        super().__init__(tokenizer, batch_size, seed)
+        if max_length < 2 or not 0 <= validation < 1:
+            raise DataError(f"max_length={max_length}, validation={validation}: at least 2 tokens, and a share in [0, 1)")
         if limit is not None and not (isinstance(limit, int) and limit >= 1):
             raise DataError(f"limit={limit} is no number of texts; a whole number from 1 on, or None")
-        known_size(tokenizer)
         self.source = source
-        self.tokenizer_name = tokenizer
         self.max_length = max_length
-        self.batch_size = batch_size
         self.validation = validation
         self.limit = limit
-        self.seed = seed
-        self.tokenizer: Tokenizer | None = None
         self.label_names: list[str] = []
-        self.train_set: LabelledTexts | None = None
-        self.val_set: LabelledTexts | None = None
-        self.test_set: LabelledTexts | None = None
 
     @property
     def num_classes(self) -> int:
         """Number of labels."""
         return len(self.label_names)
 
-    @property
-    def vocab_size(self) -> int:
-        """Entries of the tokenizer: what a model built for it needs. Known before ``setup``."""
-        if self.tokenizer is None and (size := known_size(self.tokenizer_name)) is not None:
-            return size
-        self.tokenizer = self.tokenizer or get_tokenizer(self.tokenizer_name)
-        return self.tokenizer.vocab_size
-
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenize everything once, and check it against the trainer's model."""
         if self.train_set is None:
-            splits = read_labelled(self.source)
-            if self.tokenizer is None:
-                self.tokenizer = get_tokenizer(self.tokenizer_name, splits["train"][0])
-            self.label_names = sorted(set(splits["train"][1]))
-            if self.num_classes < 2:
-                raise DataError(f"{self.source!r} has one label only, {self.label_names}; there is nothing to learn")
-            if "valid" not in splits and self.validation:
-                splits |= self._hold_out(*splits["train"])
-            pad = self._pad(self.trainer, self.tokenizer)
-            found = {split: self._encoded(split, pad, *pair) for split, pair in splits.items()}
-            self.train_set, self.val_set, self.test_set = found["train"], found.get("valid"), found.get("test")
+            self._read()
         if self.trainer is not None:
-            require_fit(self.trainer.lightning_module, self.vocab_size, self.max_length)
-            self._require_labels(self.trainer)
+            self._require_fit(self.max_length)
+            self._require_labels(self.trainer.lightning_module)
+            self._pad_as(self.trainer.lightning_module)
+
+    def _read(self) -> None:
+        splits, self.label_names = read_labelled(self.source)
+        if self.tokenizer is None:
+            self.tokenizer = get_tokenizer(self.tokenizer_name, splits["train"][0])
+        if self.num_classes < 2:
+            raise DataError(f"{self.source!r} has one label only, {self.label_names}; there is nothing to learn")
+        if "valid" not in splits and self.validation:
+            splits |= self._hold_out(*splits["train"])
+        found = {split: self._encoded(split, *pair) for split, pair in splits.items()}
+        self.train_set, self.val_set, self.test_set = found["train"], found.get("valid"), found.get("test")
 
     def _hold_out(self, texts: list[str], labels: list[str]) -> dict[str, tuple[list[str], list[str]]]:
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(self.seed)).tolist()
@@ -142,7 +123,7 @@ class TextClassificationData(ResumableDataModule):
         parts = {"valid": sorted(order[:count]), "train": sorted(order[count:])}
         return {split: ([texts[i] for i in chosen], [labels[i] for i in chosen]) for split, chosen in parts.items()}
 
-    def _encoded(self, split: str, pad: int, texts: list[str], labels: list[str]) -> LabelledTexts:
+    def _encoded(self, split: str, texts: list[str], labels: list[str]) -> LabelledTexts:
         numbers = {name: number for number, name in enumerate(self.label_names)}
         for label in labels:
             if label not in numbers:
@@ -154,40 +135,35 @@ class TextClassificationData(ResumableDataModule):
             order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(self.seed)).tolist()
             chosen = sorted(order[: self.limit])
             texts, labels = [texts[index] for index in chosen], [labels[index] for index in chosen]
-        if self.tokenizer is None:
-            raise DataError("there is no tokenizer yet; call setup() first")
-        return LabelledTexts(self.tokenizer.encode(texts, self.max_length), [numbers[label] for label in labels], pad)
+        tokenizer = self._ready(self.tokenizer)
+        return LabelledTexts(tokenizer.encode(texts, self.max_length), [numbers[label] for label in labels], tokenizer.pad)
 
-    def _pad(self, trainer: Trainer | None, tokenizer: Tokenizer) -> int:
-        """The id that the model itself takes for padding; a model that knows none is told the tokenizer's."""
-        for module in [] if trainer is None else trainer.lightning_module.modules():
+    def _pad_as(self, model: nn.Module) -> None:
+        """Pad with the id that the model itself takes for padding; a model that knows none is told the tokenizer's."""
+        config = next((c for m in model.modules() if hasattr(c := getattr(m, "config", None), "pad_token_id")), None)
+        pad = self._ready(self.tokenizer).pad
+        if config is not None:
+            # Decoders find the last token of a text by this id. Some configurations say -1 for none.
+            if config.pad_token_id is None or config.pad_token_id < 0:
+                config.pad_token_id = pad
+            pad = int(config.pad_token_id)
+        for name in ("train_set", "val_set", "test_set"):
+            if (texts := getattr(self, name)) is not None:
+                setattr(self, name, replace(texts, pad=pad))
+
+    def _require_labels(self, model: nn.Module) -> None:
+        for module in model.modules():
             config = getattr(module, "config", None)
-            if config is None or not hasattr(config, "pad_token_id"):
-                continue
-            # Decoders find the last token of a text by this id.
-            config.pad_token_id = tokenizer.pad if config.pad_token_id is None else config.pad_token_id
-            return int(config.pad_token_id)
-        return tokenizer.pad
-
-    def _require_labels(self, trainer: Trainer) -> None:
-        for module in trainer.lightning_module.modules():
-            labels = getattr(getattr(module, "config", None), "num_labels", None)
+            labels = getattr(config, "num_labels", None)
             if isinstance(labels, int) and labels < self.num_classes:
                 raise DataError(
                     f"{self.source!r} has {self.num_classes} labels, {type(module).__name__} {labels}; build it with "
                     f"num_labels: {self.num_classes}"
                 )
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Return shuffled batches, resumable in mid-epoch."""
-        if self.train_set is None:
-            raise DataError(f"TextClassificationData({self.source!r}) has no data yet; call setup() first")
-        return self.loader(self.train_set, self.batch_size, self.seed, train=True)
-
-    def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
-        """Return the validation batches in order, or no loader where there is no such text."""
-        return [] if self.val_set is None else self.loader(self.val_set, self.batch_size)
-
-    def test_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
-        """Return the test batches in order, or no loader where there is no such text."""
-        return [] if self.test_set is None else self.loader(self.test_set, self.batch_size)
+            own = {str(name).casefold(): number for name, number in (getattr(config, "label2id", None) or {}).items()}
+            for number, name in enumerate(self.label_names):
+                if own.get(name.casefold(), number) != number:
+                    raise DataError(
+                        f"label {name!r} is number {number} of {self.source!r}, but {own[name.casefold()]} of "
+                        f"{type(module).__name__}, which would take one for another; write the model's numbers, not names"
+                    )

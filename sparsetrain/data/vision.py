@@ -24,7 +24,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from sparsetrain.data.idx import is_idx_folder, read_idx_folder
-from sparsetrain.data.loading import ResumableDataModule, ResumableLoader, TensorSet
+from sparsetrain.data.loading import ResumableLoader, TensorSet
+from sparsetrain.data.splits import SplitData
 from sparsetrain.data.strips import is_strips_folder, read_strips_folder
 from sparsetrain.errors import DataError, nearest
 
@@ -36,7 +37,7 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _Split = tuple[Tensor, Tensor]
 
 
-class VisionData(ResumableDataModule):
+class VisionData(SplitData[TensorSet]):
     """Train, validation and test images as float32 (N, C, H, W), labels as int64 (N,), all in memory.
 
     After ``setup``: ``num_classes`` (int), ``image_shape`` ``(C, H, W)``, ``train_set``, ``val_set`` (None without
@@ -72,28 +73,21 @@ class VisionData(ResumableDataModule):
         image_size: int | None = None,
         monitor_test: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, seed)
         if validation < 0 or (isinstance(validation, float) and validation >= 1):
             raise DataError(f"validation={validation} is neither a count of samples nor a fraction in [0, 1)")
         if normalize not in _NORMALIZE:
             raise DataError(f"normalize={normalize!r} is not one of {', '.join(_NORMALIZE)}.{nearest(normalize, _NORMALIZE)}")
-        if batch_size < 1 or seed < 0 or (image_size is not None and image_size < 1):
-            raise DataError(
-                f"batch_size={batch_size}, seed={seed}, image_size={image_size}: sizes must be at least 1, seed at least 0"
-            )
+        if image_size is not None and image_size < 1:
+            raise DataError(f"image_size={image_size}: give at least 1, or None for the images' own")
         if monitor_test and not validation:
             raise DataError("monitor_test needs a validation set beside the test set; set validation, such as 0.1")
         self.source = name
         self.root = root
-        self.batch_size = batch_size
         self.validation = validation
-        self.seed = seed
         self.normalize = normalize
         self.image_size = image_size
         self.monitor_test = monitor_test
-        self.train_set: TensorSet | None = None
-        self.val_set: TensorSet | None = None
-        self.test_set: TensorSet | None = None
         self.num_classes = 0
         self.image_shape = (0, 0, 0)
         self.black = torch.zeros(())  # what a black pixel has become, broadcast to (C, 1, 1)
@@ -142,29 +136,14 @@ class VisionData(ResumableDataModule):
         shuffled = torch.randperm(samples, generator=torch.Generator().manual_seed(self.seed))
         return shuffled[count:].sort().values, shuffled[:count].sort().values
 
-    def train_dataloader(self) -> ResumableLoader:
-        """Return shuffled batches ``(images, labels)``, resumable in mid-epoch."""
-        return self.loader(self._ready(self.train_set), self.batch_size, self.seed, train=True)
-
     def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
         """Return the validation batches in order (then the test batches, with ``monitor_test``), none when ``validation=0``."""
-        if self.val_set is None:
-            return []
-        validation = self.loader(self.val_set, self.batch_size)
-        if not self.monitor_test:
+        validation = super().val_dataloader()
+        if not self.monitor_test or isinstance(validation, list):
             return validation
         if self.test_set is None:
             raise DataError(f"monitor_test: {self.source!r} has no test set; set monitor_test to false")
         return [validation, self.loader(self.test_set, self.batch_size)]
-
-    def test_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
-        """Return the test batches in order, or no loader when the source has no test split."""
-        return [] if self.test_set is None else self.loader(self.test_set, self.batch_size)
-
-    def _ready(self, data: TensorSet | None) -> TensorSet:
-        if data is None:
-            raise DataError(f"VisionData({self.source!r}) has no data yet; call setup() first")
-        return data
 
 
 def _read(name: str, root: str | None, image_size: int | None) -> dict[str, _Split]:

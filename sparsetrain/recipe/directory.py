@@ -11,6 +11,7 @@ from torch import nn
 
 from sparsetrain.callbacks.files import written
 from sparsetrain.checkpoints import read_weights
+from sparsetrain.data.tokenized import TokenizedData
 from sparsetrain.errors import RecipeError
 from sparsetrain.recipe.build import check_weights
 from sparsetrain.recipe.schema import parse_yaml, read_yaml
@@ -77,7 +78,7 @@ def _builds_later(model: LightningModule) -> bool:
 
 
 def _require_same(stored: Path, text: str) -> None:
-    before, now = _flat(read_yaml(stored)), _flat(parse_yaml(text))
+    before, now = flat(read_yaml(stored)), flat(parse_yaml(text))
     absent = "absent"
     changed = [
         key
@@ -94,14 +95,15 @@ def _require_same(stored: Path, text: str) -> None:
         )
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A recipe's values by dotted keys. Example: ``flat({"a": {"b": 1}}) == {"a.b": 1}``."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
-    return {key: value for name, part in tree.items() for key, value in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
+    return {key: value for name, part in tree.items() for key, value in flat(part, f"{prefix}.{name}".lstrip(".")).items()}
 
 
 class WriteConfig(Callback):
-    """Writes config.yaml when training starts: a run that cannot start leaves nothing behind."""
+    """Writes config.yaml, and a tokenizer made for this run, when training starts: one that cannot start leaves nothing."""
 
     def __init__(self, out: Path, text: str) -> None:
         self.out = out
@@ -112,6 +114,9 @@ class WriteConfig(Callback):
         if trainer.is_global_zero:
             with written(self.out / "config.yaml") as partial:
                 partial.write_text(self.text, encoding="utf-8")
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            if isinstance(data, TokenizedData):
+                data.save_trained(self.out / "tokenizer")
 
 
 def write_metrics(out: Path, metrics: dict[str, Any]) -> None:

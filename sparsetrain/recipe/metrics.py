@@ -103,8 +103,10 @@ def silent_trainer(config: Namespace, batches: int | None = None) -> Trainer:
 def _test(config: Namespace, model: LightningModule, data: LightningDataModule) -> dict[str, float]:
     """Metrics of the test set, or of the validation set where a data module has no test set."""
     quiet = silent_trainer(config)
-    run = quiet.test if type(model).test_step is not LightningModule.test_step else quiet.validate
-    results = run(model, datamodule=data, verbose=False)
+    tests = type(model).test_step is not LightningModule.test_step
+    results = quiet.test(model, datamodule=data, verbose=False) if tests else []
+    if not any(results):
+        results = quiet.validate(model, datamodule=data, verbose=False)
     return {name: float(value) for loader in results for name, value in loader.items()}
 
 

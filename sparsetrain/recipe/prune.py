@@ -13,19 +13,23 @@ import torch
 from rich.progress import track
 from torch import nn
 
+from sparsetrain.allocation import get_allocation
+from sparsetrain.criteria import get_criterion
 from sparsetrain.data import TextData
-from sparsetrain.data.text import require_fit
+from sparsetrain.data.tokenized import require_fit
 from sparsetrain.data.tokens import find_model
 from sparsetrain.errors import RecipeError
 from sparsetrain.masks import MaskManager
-from sparsetrain.oneshot import OneShotReport, Streaming, prune_oneshot
+from sparsetrain.oneshot import OneShotReport, Streaming, prune_oneshot, validate_oneshot
 from sparsetrain.patterns import parse_pattern
 from sparsetrain.targets import Targets
 from sparsetrain.tasks.perplexity import logits_of, next_token_loss
-from sparsetrain.tasks.pretrained import _transformers, load_network, save_pretrained
+from sparsetrain.tasks.pretrained import _transformers, load_network, require_free, save_pretrained
 
 #: What the published methods compare: weights of one row.
 _WITHIN_ROWS = {"wanda", "ria"}
+#: What may stand after "For" in the name of an architecture that reads nothing but token ids.
+_HEADS = ("CausalLM", "SequenceClassification", "MaskedLM", "TokenClassification", "QuestionAnswering", "PreTraining")
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,10 @@ class Prune:
 def prune_model(asked: Prune, out: Path, work: Path | None = None, overwrite: bool = False) -> dict[str, Any]:
     """Prune a model into the folder ``out`` and return what was done, which is in its ``sparsetrain.json`` too.
 
-    Raises `RecipeError` and its kin for what cannot work; nothing is written then, and nothing overwritten.
-    Example: ``prune_model(Prune("models/llama", "shakespeare", pattern="2:4"), Path("pruned"))``.
+    The model is loaded and written in float32. Raises `RecipeError` and its kin for what cannot work; nothing is written then,
+    and nothing overwritten. Example: ``prune_model(Prune("models/llama", "shakespeare", pattern="2:4"), Path("pruned"))``.
     """
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not overwrite)):
-        raise RecipeError(f"--out {out} is in use; choose another folder, or --overwrite to replace it")
+    require_free(out, overwrite)
     for name, folder in (("--out", out), ("--work", work)):
         # Told now, not when the pruned model is to be written.
         taken = [place for place in (folder, *folder.parents) if place.is_file()] if folder is not None else []
@@ -87,6 +90,8 @@ def prune_model(asked: Prune, out: Path, work: Path | None = None, overwrite: bo
     data = TextData(asked.data, tokenizer=asked.tokenizer or asked.model, window=asked.window)
     require_fit(network, data.vocab_size, asked.window)
     manager = MaskManager(network, Targets(include=asked.include, exclude=asked.exclude), pattern)
+    criterion, allocation = get_criterion(asked.criterion), get_allocation(asked.allocation)
+    validate_oneshot(manager, asked.sparsity, criterion, allocation)
     data.setup("calibration")
     batches = list(torch.split(data.calibration(asked.samples, seed=asked.seed), asked.streaming.batch))
     before = measure(network, data, asked.evaluate, "perplexity before") if writes else None
@@ -94,8 +99,8 @@ def prune_model(asked: Prune, out: Path, work: Path | None = None, overwrite: bo
         manager,
         batches,
         asked.sparsity,
-        criterion=asked.criterion,
-        allocation=asked.allocation,
+        criterion=criterion,
+        allocation=allocation,
         streaming=asked.streaming,
         work=work,
         progress=True,
@@ -109,21 +114,32 @@ def prune_model(asked: Prune, out: Path, work: Path | None = None, overwrite: bo
 
 
 def network_of(model: str) -> tuple[nn.Module, bool]:
-    """The network in a folder or of a name, and whether it writes text (so that it has a perplexity).
+    """The network in a folder or of a name, head and all, and whether it writes text (so that it has a perplexity).
+
+    Raises `RecipeError` for what is not there, and for a network that does not read text, or more than that.
 
     Example: ``network, writes = network_of("models/llama")``.
     """
     transformers = _transformers()
     try:
-        kinds = transformers.AutoConfig.from_pretrained(find_model(model)).architectures or [""]
+        config = transformers.AutoConfig.from_pretrained(find_model(model))
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"model {model!r} cannot be loaded: {' '.join(str(error).split())[:200]}. Give a folder that from_pretrained "
             "reads, or a hub name"
         ) from error
-    kind = next((k for k in ("CausalLM", "SequenceClassification") if k in kinds[0]), "")
-    kind = "CausalLM" if kinds[0].endswith("LMHeadModel") else kind
-    return load_network(kind, model, None), kind == "CausalLM"
+    name = (config.architectures or ["a model that names no architecture in its config.json"])[0]
+    kind = next((k for k in _HEADS if name.endswith(f"For{k}")), "CausalLM" if name.endswith("LMHeadModel") else "")
+    network = None
+    if not config.is_encoder_decoder and (kind or name.endswith("Model")):
+        network = load_network(kind, model, None)
+    if network is None or type(network).__name__ != name or network.main_input_name != "input_ids":
+        # Loaded as anything else it would lose its head.
+        raise RecipeError(
+            f"model {model!r} is {name}; this command prunes models that read text alone. In Python: "
+            "prune_oneshot(MaskManager(model, pattern=...), batches)"
+        )
+    return network, kind == "CausalLM"
 
 
 @torch.no_grad()

@@ -84,7 +84,9 @@ def run(
             seconds = {"total": round(time.monotonic() - began, 2)}
             raise _diverged(out, record | {"seconds": seconds}, error) from error
         fitted = time.monotonic()
-        twin = dense_twin(recipe, overrides, out) if config.dense_twin and config.method is not None else None
+        # Without training the model as it came is its own twin.
+        trains = config.method is not None and not only_prunes(config)
+        twin = dense_twin(recipe, overrides, out) if config.dense_twin and trains else None
         dense_file = out / "checkpoints" / "dense.ckpt"
         metrics = record | evaluate(config, model, built.data, built.method, dense_file, twin)
         metrics |= sparsity(built.method, model)

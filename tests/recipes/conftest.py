@@ -58,11 +58,11 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The tiny recipe, in a folder of its own that is also the working directory."""
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+    """The tiny recipe, or the ``TINY`` of a test file that has one, in a folder that is also the working directory."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY, encoding="utf-8")
+    path.write_text(getattr(request.module, "TINY", TINY), encoding="utf-8")
     return path
 
 

@@ -1,11 +1,26 @@
-"""A LightningModule around a transformers Llama of any size, for plans."""
+"""Llamas: the configuration of a tiny one, and a LightningModule around one of any size, for plans."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+
+#: 2 layers of 1,920 weights and a tied embedding, which reads bytes.
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 258,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
 
 
 class Llama(pl.LightningModule):

@@ -21,21 +21,12 @@ from sparsetrain.schedules import OneShot
 from sparsetrain.tasks import CausalLM, save_pretrained
 from tests.contracts.promises import same_bits
 from tests.recipes.conftest import Cli
+from tests.recipes.llama import LLAMA
 from tests.recipes.test_resume import assert_equal_runs, interrupt_at
 from tests.recipes.test_run import metrics, same, weights
 
 ROOT = Path(__file__).parents[2] / "recipes"
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 258,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-}
+# 13 batches an epoch, 2 epochs.
 TINY = f"""\
 seed: 3
 model:
@@ -52,14 +43,6 @@ method:
   init_args: {{pattern: "2:4", schedule: {{class_path: OneShot, init_args: {{at: 5st}}}}}}
 trainer: {{max_epochs: 2}}
 """
-
-
-@pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """13 batches an epoch, 2 epochs."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.yaml").write_text(TINY, encoding="utf-8")
-    return tmp_path / "tiny.yaml"
 
 
 # ---------------------------------------------------------------- masks on a tied Llama
@@ -207,6 +190,26 @@ def test_a_trained_tokenizer_is_beside_the_run_and_goes_on(tiny: Path, cli: Cli)
     ended = cli("run", tiny, *network, "--out", "next")
     assert ended.code == 0, ended.err
     assert metrics("next")["verified"] is True
+
+
+def test_a_run_that_cannot_start_leaves_no_tokenizer(tiny: Path, cli: Cli) -> None:
+    late = ["--data.tokenizer", "bpe:258", "--method.schedule", "OneShot", "--method.schedule.at", "90ep"]
+    ended = cli("run", tiny, *late, "--out", "out")
+    assert (ended.code, "90ep" in ended.err) == (2, True), ended.err
+    assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("no_report")
+def test_without_test_text_a_run_is_judged_by_its_validation_text(tiny: Path, cli: Cli) -> None:
+    Path("own").mkdir()
+    for split, lines in (("train", 60), ("valid", 9)):
+        Path(f"own/{split}.txt").write_text("".join(f"{split} {number}\n" for number in range(lines)), encoding="utf-8")
+    ended = cli("run", tiny, "--data.source", "own", "--data.held_out", "0", "--out", "out")
+    assert ended.code == 0, ended.err
+    found = metrics("out")
+    assert (found["metric"], found["final"].keys()) == ("val/perplexity", {"val/loss", "val/perplexity"})
+    last = [json.loads(line) for line in Path("out/history.jsonl").read_text().splitlines() if "val/perplexity" in line][-1]
+    assert found["final"]["val/perplexity"] == pytest.approx(last["val/perplexity"], rel=1e-6)
 
 
 def test_a_tokenizer_that_is_not_the_models_stops_the_run_before_it_begins(tiny: Path, cli: Cli) -> None:

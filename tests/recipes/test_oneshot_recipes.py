@@ -15,17 +15,19 @@ from sparsetrain.callbacks.exact_resume import ExactResume
 from sparsetrain.data import TextData
 from sparsetrain.errors import DataError, RecipeError
 from sparsetrain.recipe import jobs as module
-from sparsetrain.recipe.record import _goal, experiment_jobs, load_experiment, record
+from sparsetrain.recipe.experiment import experiment_jobs, load_experiment
+from sparsetrain.recipe.record import _goal, record
 from sparsetrain.recipe.run import PruneAlone
 from sparsetrain.report.results import check_result, load_result
 from sparsetrain.tasks import CausalLM, save_pretrained
 from tests.recipes.conftest import Cli
-from tests.recipes.test_language import LLAMA
+from tests.recipes.llama import LLAMA
 from tests.recipes.test_run import metrics, weights
 
 pytestmark = pytest.mark.usefixtures("no_report")
 ROOT = Path(__file__).parents[2] / "recipes"
 DATA = "{source: [law, math], tokenizer: bytes, window: 32, batch_size: 4, limit: 24}"
+# Prunes a Llama of 2 layers and trains nothing; an epoch would be 6 batches.
 TINY = f"""\
 seed: 3
 model:
@@ -41,14 +43,6 @@ method:
   init_args: {{pattern: "2:4", criterion: {{class_path: Wanda, init_args: {{batches: 2}}}}}}
 trainer: {{max_epochs: 0}}
 """
-
-
-@pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A recipe that prunes a Llama of 2 layers and trains nothing; an epoch would be 6 batches."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.yaml").write_text(TINY, encoding="utf-8")
-    return tmp_path / "tiny.yaml"
 
 
 def measured(model: CausalLM) -> dict[str, float]:
@@ -84,6 +78,13 @@ def test_a_run_may_prune_and_train_nothing(length: tuple[str, ...], tiny: Path, 
     assert Path("out/config.yaml").is_file()
     assert cli("verify", "out").code == 0
     assert cli("plan", tiny, *length).code == 0
+
+
+def test_without_training_the_model_as_it_came_is_the_dense_twin(tiny: Path, cli: Cli) -> None:
+    ended = cli("run", tiny, "--dense_twin", "true", "--out", "out")
+    assert (ended.code, ended.err) == (0, ""), ended.err
+    assert metrics("out")["dense"] == pytest.approx(measured(as_built()), rel=1e-6)
+    assert not Path("out/dense").exists()
 
 
 def test_a_run_that_is_not_ended_at_once_trains(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sparsetrain.recipe import load_recipe
-from sparsetrain.recipe.record import experiment_jobs, load_experiment
+from sparsetrain.recipe.experiment import experiment_jobs, load_experiment
 from tests.recipes.conftest import Cli
 from tests.recipes.test_run import metrics
 

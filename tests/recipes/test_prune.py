@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertForTokenClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
 
 from sparsetrain.data import TextData
 from sparsetrain.patterns import parse_pattern
 from sparsetrain.tasks.perplexity import perplexity
 from tests.recipes.conftest import Cli
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 258}
 
 
 @pytest.fixture
@@ -20,8 +37,7 @@ def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny Llama that reads bytes, as somebody else saved it; its folder's parent is the working directory."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 258}
-    config = LlamaConfig(**sizes, max_position_embeddings=64, bos_token_id=None, eos_token_id=257)
+    config = LlamaConfig(**SIZES, max_position_embeddings=64, bos_token_id=None, eos_token_id=257)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     return tmp_path / "llama"
 
@@ -111,12 +127,83 @@ def test_a_folder_that_cannot_be_is_told_before_anything_is_pruned(llama: Path, 
 def test_an_encoder_has_no_perplexity_and_is_pruned_too(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 258}
-    BertModel(BertConfig(**sizes)).save_pretrained("bert")
+    BertModel(BertConfig(**SIZES)).save_pretrained("bert")
     ended = cli("prune", "bert", *SMALL, "--pattern", "2:4", "--out", "out")
     assert (ended.code, "perplexity" in ended.out) == (0, False), ended.err
     weight = AutoModel.from_pretrained("out").encoder.layer[1].output.dense.weight
     assert (weight.view(-1, 4) == 0).sum(1).tolist() == [2] * 512
+
+
+HEADS = {
+    "MaskedLM": (BertForMaskedLM, "cls.predictions.decoder.bias"),
+    "TokenClassification": (BertForTokenClassification, "classifier.weight"),
+    "SequenceClassification": (RobertaForSequenceClassification, "classifier.out_proj.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_model_keeps_its_head(kind: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    made, head = HEADS[kind]
+    model = made(made.config_class(**SIZES))
+    with torch.no_grad():
+        model.get_parameter(head).normal_()
+    model.save_pretrained("model")
+    ended = cli("prune", "model", *SMALL, "--pattern", "2:4", "--exclude", "^classifier", "--out", "out")
+    assert (ended.code, "perplexity" in ended.out) == (0, False), ended.err
+    again, info = made.from_pretrained("out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(again.get_parameter(head), model.get_parameter(head))
+    weight = again.base_model.encoder.layer[0].intermediate.dense.weight
+    assert (weight.view(-1, 4) == 0).sum(1).tolist() == [2] * (64 * 8)
+
+
+def test_a_model_that_would_lose_its_head_or_reads_more_than_text_is_refused(llama: Path, cli: Cli) -> None:
+    sizes = T5Config(vocab_size=258, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(sizes).save_pretrained("t5")
+    ViTModel(ViTConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained("vit")
+    config = json.loads((llama / "config.json").read_text(encoding="utf-8"))
+    for name, architectures in (("nameless", None), ("other", ["TwoHeadedLlamaForCausalLM"])):
+        shutil.copytree(llama, name)
+        Path(name, "config.json").write_text(json.dumps(config | {"architectures": architectures}), encoding="utf-8")
+    for model, told in (
+        ("t5", "T5ForConditionalGeneration"),
+        ("vit", "ViTModel"),
+        ("nameless", "names no architecture"),
+        ("other", "TwoHeadedLlama"),
+    ):
+        ended = cli("prune", model, *SMALL, "--pattern", "2:4", "--out", "out")
+        assert (ended.code, told in ended.err, "prune_oneshot(" in ended.err) == (2, True, True), ended.err
+        assert not Path("out").exists()
+
+
+def test_what_is_asked_wrongly_is_told_before_anything_is_measured(
+    llama: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+    monkeypatch.setattr("sparsetrain.recipe.prune.measure", lambda *_: measured.append("measured"))
+    for wrong in (("--criterion", "wonda"), ("--allocation", "owll"), ("--sparsity", "0.7"), ("--criterion", "taylor")):
+        assert cli("prune", llama, *SMALL, "--pattern", "2:4", *wrong, "--out", "out").code == 2
+    assert measured == []
+    assert cli("prune", llama, *SMALL, "--pattern", "2:4", "--out", "out").code == 0
+    assert measured == ["measured", "measured"]
+
+
+def test_what_is_no_model_is_not_replaced(llama: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("thesis").mkdir()
+    Path("thesis/chapter1.tex").write_text("years of work", encoding="utf-8")
+    ended = cli("prune", llama, *SMALL, "--pattern", "2:4", "--out", "thesis", "--overwrite")
+    assert (ended.code, ended.out, "no model" in ended.err) == (2, "", True), ended.err
+    assert Path("thesis/chapter1.tex").read_text(encoding="utf-8") == "years of work"
+    Path("empty").mkdir()
+    monkeypatch.chdir("empty")
+    ended = cli("prune", llama, *SMALL, "--pattern", "2:4", "--out", ".")
+    assert (ended.code, ended.out, "the working directory" in ended.err) == (2, "", True), ended.err
+    monkeypatch.chdir("..")
+    for weights in ("2:4", "1:4"):
+        assert cli("prune", llama, *SMALL, "--pattern", weights, "--out", "out", "--overwrite").code == 0
+    assert json.loads(Path("out/sparsetrain.json").read_text(encoding="utf-8"))["sparsity"] == 0.75
 
 
 def test_a_sparse_model_is_not_pruned_to_another_pattern(llama: Path, cli: Cli) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from sparsetrain.recipe import header, load_recipe, plan
 from sparsetrain.recipe.build import build
-from sparsetrain.recipe.record import experiment_jobs, load_experiment
+from sparsetrain.recipe.experiment import experiment_jobs, load_experiment
 from tests.recipes.conftest import Cli
 from tests.recipes.test_run import metrics
 

@@ -245,11 +245,58 @@ def test_a_finished_run_is_not_taken_for_another(experiment: Path, cli: Cli) -> 
     assert Path("results/tiny_pruning.json").read_text(encoding="utf-8") == before
 
 
+def test_a_finished_run_is_not_taken_for_that_of_another_recipe(experiment: Path, cli: Cli) -> None:
+    experiment.write_text(EXPERIMENT.replace("seeds: [0, 1]", "seeds: [0]"), encoding="utf-8")
+    assert cli("record", experiment, "--work", "work", "--results", "results").code == 0
+    target, recipe = Path("results/tiny_pruning.json"), experiment.parent.parent / "tiny.yaml"
+    before, text = target.read_bytes(), recipe.read_text(encoding="utf-8")
+    # Words and comments are not the recipe.
+    recipe.write_text("# edited\n" + text.replace("Does it work?", "Does it?"), encoding="utf-8")
+    assert cli("record", experiment, "--work", "work", "--results", "results").code == 0
+    assert target.read_bytes() == before  # the day is that of the runs
+    recipe.write_text(text.replace("lr: 0.1", "lr: 0.2"), encoding="utf-8")
+    ended = cli("record", experiment, "--work", "work", "--results", "results")
+    assert (ended.code, "row0-seed0 holds a finished run of another recipe" in ended.err) == (2, True), ended.err
+    assert "lr was 0.1 and is 0.2" in ended.err
+    assert target.read_bytes() == before
+
+
+def test_the_result_says_when_and_where_its_runs_were_made(experiment: Path, cli: Cli) -> None:
+    assert cli("record", experiment, "--work", "work", "--results", "results").code == 0
+    changes = {
+        "date": "2031-05-06T23:00:00+00:00",
+        "machine": "riscv, 1 threads",
+        "device": "cuda",
+        "versions": {"torch": "9.1"},
+    }
+    for place in ("row0-seed1", "row1-seed0"):
+        path = Path("work/tiny_pruning", place, "metrics.json")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        changes["versions"] = found["versions"] | {"torch": "9.1"}
+        path.write_text(json.dumps(found | changes), encoding="utf-8")
+    assert cli("record", experiment, "--work", "work", "--results", "results").code == 0
+    result, first = (
+        load_result(Path("results/tiny_pruning.json")),
+        json.loads(Path("work/tiny_pruning/row0-seed0/metrics.json").read_text(encoding="utf-8")),
+    )
+    assert result["date"] == "2031-05-06"
+    assert result["machine"] == f"{first['machine'].split(',')[0]}, riscv with a GPU, 1 thread a run"
+    assert result["versions"] == first["versions"] | {"torch": f"{first['versions']['torch']}, 9.1"}
+
+
+def test_a_name_may_look_like_the_place_of_another_row(experiment: Path, cli: Cli) -> None:
+    text = EXPERIMENT.replace("seeds: [0, 1]", "seeds: [0]").replace("{method: dense", '{name: "1", method: dense')
+    experiment.write_text(text, encoding="utf-8")
+    assert cli("record", experiment, "--work", "work", "--results", "results").code == 0
+    assert [row["sparsity"] for row in load_result(Path("results/tiny_pruning.json"))["rows"]] == [0, 0.5]
+
+
 BROKEN = {
     "seeds": ("seeds: [0, 1]", "seeds: 3", "seeds is 3"),
     "seed text": ("seeds: [0, 1]", "seeds: [a]", "seeds is ['a']"),
     "overrides": ("overrides: {method: null}", "overrides: null", "rows[0].overrides is None"),
     "rows": ("  - {name: d", "  - dense\n  - {name: d", "rows must be a list of entries"),
+    "unknown": ("goal: 100", "goal: 100\n    higher_is_beter: true", "rows[1] has no key 'higher_is_beter'. Did you mean"),
     "goal": ("goal: 100", "goal: low", "rows[1].goal is 'low'"),
     "no plus": ("goal: 100", "goal: {row: d}\n", "rows[1].goal is {'row': 'd'}"),
     "key": ("method.pattern: 2:4", "method.pattrn: 2:4", "row1-seed0: command line: unknown key 'pattrn'"),

@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel
 
 from sparsetrain.data import TextData, TokenWindows, get_tokenizer, tokens
 from sparsetrain.data.sources import CORPORA, cut_tail, read_documents
+from sparsetrain.data.tokenized import require_fit
 from sparsetrain.data.tokens import END, ByteTokenizer, known_size
 from sparsetrain.data.windows import IGNORED
 from sparsetrain.errors import DataError
@@ -236,6 +237,11 @@ def test_other_kinds_of_files(tmp_path: Path) -> None:
     assert read_documents("a.jsonl") == {"train": ["x y", "z"]}
     (tmp_path / "b.jsonl").write_text('{"body": "x", "n": 1}\n')
     assert read_documents(str(tmp_path / "b.jsonl")) == {"train": ["x"]}
+    # What JSON leaves as it is inside a string, and other programs put at the start of a file.
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": "x\u2028y"}, ensure_ascii=False) + "\r\n", encoding="utf-8-sig")
+    assert read_documents("c.jsonl") == {"train": ["x\u2028y"]}
+    (tmp_path / "d.txt").write_text("x", encoding="utf-8-sig")
+    assert read_documents("d.txt") == {"train": ["x"]}
     rows = datasets.Dataset.from_dict({"n": [1, 2], "text": ["first", "second"]})
     datasets.DatasetDict({"train": rows, "validation": rows.select([1])}).save_to_disk(tmp_path / "set")
     assert read_documents("set") == {"train": ["first", "second"], "valid": ["second"]}
@@ -274,12 +280,34 @@ def test_an_unknown_corpus_gets_the_nearest_name() -> None:
         loaded("shakespear")
 
 
+def test_a_data_set_of_several_is_named_with_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, configuration: str | None = None) -> Any:
+        if configuration is None:
+            raise ValueError("Config name is missing. Please pick one among: ['raw', 'small']")
+        return datasets.Dataset.from_dict({"text": [f"{configuration} {name}"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_documents("owner/wiki:raw") == {"train": ["raw owner/wiki"]}
+    with pytest.raises(DataError, match=r"\['raw', 'small'\].* Name one of them: owner/wiki:CONFIGURATION"):
+        read_documents("owner/wiki")
+    for nothing in ("", " "):
+        with pytest.raises(DataError, match="is empty"):
+            read_documents(nothing)
+
+
 def test_what_is_cut_off_is_the_end_at_a_line_break() -> None:
     head, tail = cut_tail([LINES[:700], LINES[700:]], 0.25)
     assert "".join(head + tail) == LINES
     assert "".join(head).endswith("\n")
     assert 0.2 < len("".join(tail)) / len(LINES) < 0.25
-    assert cut_tail(["abc"], 0.5) == (["abc"], [])
+    # Where no line ends any more: between two documents, else there and then, rather than nothing.
+    assert cut_tail(["ab", "cdef", "gh"], 0.5) == (["ab", "cdef"], ["gh"])
+    assert cut_tail(["ab cd ef"], 0.25) == (["ab cd "], ["ef"])
+    Path("a.txt").write_text("word " * 100)
+    assert [len(data) for data in (loaded("a.txt", window=8, held_out=0.1).val_set, loaded("a.txt", window=8).test_set)] == [
+        7,
+        4,
+    ]
 
 
 # ---------------------------------------------------------------- the data module
@@ -404,6 +432,22 @@ def test_text_and_model_that_do_not_fit_meet_before_training(vocabulary: int, po
         with pytest.raises(DataError, match=says):
             trainer.fit(module, datamodule=TextData("law", window=32, limit=4))
         assert all(torch.equal(value, module.state_dict()[name]) for name, value in before.items())
+
+
+def test_positions_that_a_model_does_not_use_do_not_count() -> None:
+    """RoBERTa's first position is the one after its padding index."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 258}
+    for make, longest in ((BertModel(BertConfig(**sizes, max_position_embeddings=20)), 20), (roberta(sizes), 17)):
+        require_fit(make, 258, longest)
+        make(torch.full((1, longest), 9))
+        with pytest.raises(DataError, match=f"window of {longest + 1} tokens .* at most {longest}"):
+            require_fit(make, 258, longest + 1)
+        with pytest.raises((IndexError, RuntimeError)):  # what training would have said
+            make(torch.full((1, longest + 1), 9))
+
+
+def roberta(sizes: dict[str, int]) -> RobertaModel:
+    return RobertaModel(RobertaConfig(**sizes, max_position_embeddings=20, pad_token_id=2))
 
 
 def test_the_size_of_the_vocabulary_is_known_before_anything_is_read(tmp_path: Path) -> None:
