@@ -67,14 +67,18 @@ def _require_same(student: Tensor, teacher: Tensor, what: str) -> None:
 def find_layers(network: nn.Module) -> list[str]:
     """The blocks of a network: the members of its longest ModuleList or Sequential of modules of one class, in order.
 
+    A list inside a block (the experts of a layer) does not count, however long it is.
+
     Raises `TargetError` if there is none of two or more. Example: ``find_layers(gpt2)`` is ``["transformer.h.0", ...]``.
     """
-    found: list[str] = []
+    lists: dict[str, list[str]] = {}
     for name, container in network.named_modules():
         children = list(container.named_children())
         alike = len({type(child) for _, child in children}) == 1 and any(True for _ in children[0][1].children())
-        if isinstance(container, nn.ModuleList | nn.Sequential) and alike and len(children) > max(len(found), 1):
-            found = [f"{name}.{key}" if name else key for key, _ in children]
+        inside = any(f"{name}.".startswith(f"{block}.") for blocks in lists.values() for block in blocks)
+        if isinstance(container, nn.ModuleList | nn.Sequential) and alike and len(children) > 1 and not inside:
+            lists[name] = [f"{name}.{key}" if name else key for key, _ in children]
+    found = max(lists.values(), key=len, default=[])
     if not found:
         raise TargetError(
             f"{type(network).__name__} has no list of like blocks to compare hidden states of; name them (layers), or hidden=0"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fractions import Fraction
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sparsetrain.allocation import Allocation, Share, get_allocation
 from sparsetrain.criteria import Criterion, Known, StatisticsCriterion, get_criterion
-from sparsetrain.errors import PatternError
+from sparsetrain.errors import PatternError, RecipeError
 from sparsetrain.masks import MaskManager, sharding
 from sparsetrain.masks.tensor import MaskChange, MaskedTensor
-from sparsetrain.patterns import Sparsity, Unstructured, exact
+from sparsetrain.patterns import Block, Sparsity, Unstructured, exact
 
 
 def final_sparsity(tensor: MaskedTensor, sparsity: Sparsity | None) -> Sparsity:
@@ -72,8 +72,7 @@ def prune(
         own: sparsities of single tensors, outside the common budget; by default the goals their overrides set.
         only: names of the tensors to prune now, which then share the budget; by default all.
         regrow: False leaves a tensor as it is that would be less sparse than now.
-        step: recorded with the change.
-        why: recorded with the change.
+        step, why: recorded with the change.
 
     Raises `PatternError` for a sparsity that cannot be reached, `RecipeError` or `TargetError` for a criterion that cannot
     score this model or has seen no data.
@@ -86,6 +85,7 @@ def prune(
         own = {t.name: t.goal for t in tensors if t.goal is not None}
         validate(manager, sparsity, together=spread.pooled)
         score.prepare(manager.model, [part for t in tensors for part in parts_of(t, score)])
+    require_solvable(tensors, score)
     # A score that looks at other weights is of the model as it is before any of them goes.
     asked = [t for t in tensors if own.get(t.name, 1) or t.mask is not None]
     ahead = {} if score.elementwise else {t.name: _scores(t, score, step) for t in asked}
@@ -153,6 +153,22 @@ def parts_of(tensor: MaskedTensor, criterion: Criterion) -> list[Known]:
     return Known.parts(tensor) if by_part else [Known.of(tensor)]
 
 
+def require_solvable(tensors: Iterable[MaskedTensor], criterion: Criterion) -> None:
+    """Raise `RecipeError` for fused experts whose pattern reaches over several of them, where a criterion solves one by one."""
+    if type(criterion).solve is Criterion.solve:
+        return
+    for tensor in tensors:
+        experts, pattern = tensor.target.layout.experts, tensor.pattern
+        rows = tensor.target.view_shape[0] // max(1, experts)
+        apart = pattern.row_local or pattern == Unstructured() or (isinstance(pattern, Block) and rows % pattern.rows == 0)
+        if experts and tensor.goal != 0 and not apart:
+            raise RecipeError(
+                f"{tensor.name}: {type(criterion).__name__} prunes its {experts} experts one by one ({rows} outputs each), and "
+                f"{pattern} has units that reach over several; use N:M, 'unstructured', blocks whose height divides {rows}, "
+                "or criterion 'wanda'"
+            )
+
+
 def _solve(
     manager: MaskManager, tensor: MaskedTensor, criterion: Criterion, sparsity: Sparsity, step: int, why: str
 ) -> MaskChange | None:
@@ -164,9 +180,9 @@ def _solve(
     alive = None if tensor.mask is None else view(tensor.mask)
     names = [part.name for part in parts_of(tensor, criterion)]
     # Experts divide what the tensor is to lose as evenly as whole numbers allow.
-    size = weight[0].numel() * (len(weight) // len(names))
+    size = tensor.pattern.units((len(weight) // len(names), *weight.shape[1:]))
     bounds = [math.floor(exact(sparsity) * size * i) for i in range(len(names) + 1)]
-    even = len(names) == 1 or tensor.pattern != Unstructured()
+    even = len(names) == 1 or tensor.pattern.row_local
     found = []
     for i, (name, rows) in enumerate(zip(names, weight.chunk(len(names)), strict=True)):
         own = sparsity if even else Fraction(bounds[i + 1] - bounds[i], size)

@@ -32,6 +32,8 @@ _LAYERS: dict[str, tuple[tuple[str, ...], bool]] = {
 }
 _EMBEDDINGS = frozenset({"Embedding", "EmbeddingBag"})
 _WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+#: What PEFT calls the factors beside a layer.
+_ADAPTER = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B)(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Targets:
 
     Args:
         include: regular expressions searched in the plain parameter names (``encoder.layers.0.fc1.weight``). Empty: every
-            weight of a supported layer except embeddings and the output head. Given: exactly what matches.
+            weight of a supported layer except embeddings, the output head and low-rank adapters. Given: exactly what matches.
         exclude: regular expressions searched in the names; what matches stays dense, whatever else says.
         embeddings: prune embeddings too (without naming them in ``include``).
         head: prune the output head too. The head is ``model.get_output_embeddings()`` where there is one, else the last
@@ -175,6 +177,8 @@ class Targets:
         if self.include:
             asked = any(re.search(pattern, name) for pattern in self.include for name in names)
             return None if asked else "not included (targets.include)"
+        if any(_ADAPTER.search(name) for name in names):
+            return "a factor of a low-rank adapter"
         if not self.embeddings and owner[3] in _EMBEDDINGS:
             return "an embedding (targets.embeddings: true prunes it)"
         return heads.get(id(parameter))

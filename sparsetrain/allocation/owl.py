@@ -44,7 +44,9 @@ def owl_sparsities(outliers: Sequence[float], sizes: Sequence[int], sparsity: fl
     kept = [2 * spread * (share - low) / (high - low) for share in outliers]
     mean = sum(k * size for k, size in zip(kept, sizes, strict=True)) / sum(sizes)
     moves = [mean - k for k in kept]
-    room = min(1.0, (1 - sparsity) / 2 / max(moves), sparsity / -min(moves)) if spread else 0.0
+    if not min(moves) < 0 < max(moves):  # no spread, or one too small for these numbers
+        return [sparsity] * len(outliers)
+    room = min(1.0, (1 - sparsity) / 2 / max(moves), sparsity / -min(moves))
     return [max(0.0, sparsity + room * move) for move in moves]
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsetrain.errors import DataError
+
+#: What can be compared by ``==``; arrays and the like cannot.
+_PLAIN = (str, bytes, int, float, type(None))
 
 
 def samples(batch: Any) -> Iterator[Any]:
@@ -129,12 +133,21 @@ def mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, Tensor):
         return change(batch)
     if isinstance(batch, Mapping):
-        # transformers' BatchEncoding and the like index by key, and models take plain dicts too.
-        return {key: mapped(value, change) for key, value in batch.items()}
+        return _refilled(batch, {key: mapped(value, change) for key, value in batch.items()})
     if isinstance(batch, list | tuple):
         parts = [mapped(value, change) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch
+
+
+def _refilled(like: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
+    """The values in a mapping of the same kind: who wrote ``batch.input_ids`` finds it."""
+    if type(like) is dict or not isinstance(like, MutableMapping):
+        return values
+    found = copy.copy(like)
+    for key, value in values.items():
+        found[key] = value
+    return found
 
 
 def _cut(batch: Any, start: int, stop: int) -> Any:
@@ -154,7 +167,7 @@ def _alike(one: Any, other: Any) -> bool:
         return (
             type(one) is type(other) and len(one) == len(other) and all(_alike(a, b) for a, b in zip(one, other, strict=True))
         )
-    return type(one) is type(other) and bool(one == other)
+    return one is other or (isinstance(one, _PLAIN) and type(one) is type(other) and one == other)
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -162,7 +175,7 @@ def _joined(parts: list[Any]) -> Any:
     if isinstance(first, Tensor):
         return torch.cat(parts) if first.ndim else first
     if isinstance(first, Mapping):
-        return {key: _joined([part[key] for part in parts]) for key in first}
+        return _refilled(first, {key: _joined([part[key] for part in parts]) for key in first})
     if isinstance(first, list | tuple):
         joined = [_joined(list(values)) for values in zip(*parts, strict=True)]
         return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)

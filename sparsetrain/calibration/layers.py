@@ -7,6 +7,7 @@ their statistics: a criterion of inputs takes nothing else from what it is shown
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from sparsetrain.calibration.data import tensors_in
 from sparsetrain.calibration.rest import agree, is_finite, ranks, sum_over_ranks
 from sparsetrain.criteria import Known, Seen, StatisticsCriterion
+from sparsetrain.criteria.base import wide
 from sparsetrain.errors import DataError, DivergedError, RecipeError, SparsetrainError, TargetError
 from sparsetrain.masks.tensor import MaskedTensor
 
@@ -84,8 +86,11 @@ class LayerWatch:
         self.leader: dict[str, str] = {}
         self.expected: Counter[str] | None = None
         self._calls: Counter[str] = Counter()
-        self._live: list[tuple[weakref.ref[Tensor], str]] = []
+        #: What layers were given in this pass: the tensor, what version of it, and who was measured on it.
+        self._live: list[tuple[weakref.ref[Tensor], int, str]] = []
         self._silent = {part.name for parts in self.parts.values() for part in parts}
+        #: Of a fused tensor: the squared mean of ``|x|`` over features, summed over what all its experts were given.
+        self._power: dict[str, float] = {}
         self._where = ""
         self._stop = False
 
@@ -114,12 +119,14 @@ class LayerWatch:
 
     @contextmanager
     def forward(self, where: str, stop: bool = False) -> Iterator[None]:
-        """Around one forward pass; ``stop`` ends it (by `Reached`) once every layer has been called as in the first one.
+        """Around one forward pass; ``stop`` ends it (by `Reached`) once every layer has been called, if the first pass called
+        each of them once; where it did not, nobody knows which call is the last.
 
         Raises `DivergedError` for values that are not finite, `NotShared` where layers go different ways.
         """
         self._calls, self._live, self._where = Counter(), [], where
-        self._stop = stop and self.expected is not None
+        once = Counter(part.name for parts in self.parts.values() for part in parts)
+        self._stop = stop and self.expected == once
         try:
             yield
         finally:
@@ -153,11 +160,14 @@ class LayerWatch:
             self._calls[part.name] += 1
             self.leader[part.name] = part.name
             self._observe(part, given)
+            now = float(wide(given).abs().mean(-1).square().sum())  # not of squares: one outlier feature is not usual
+            self._power[tensor.name] = self._power.get(tensor.name, 0.0) + now
 
     def _see(self, known: Known, values: Tensor) -> None:
         name = known.name
         self._calls[name] += 1
-        same = next((leader for ref, leader in self._live if ref() is values), None) if self.share else None
+        now = _version(values)
+        same = next((who for ref, then, who in self._live if ref() is values and then == now), None) if self.share else None
         if name not in self.leader:
             # Only who has been there from the first time on may be measured for another.
             fresh = same is not None and self._calls[same] == self._calls[name] == 1 and same not in (self.expected or ())
@@ -165,7 +175,8 @@ class LayerWatch:
         leader = self.leader[name]
         if leader == name:
             self._observe(known, values)
-            self._live.append((weakref.ref(values), name))
+            if now is not None:
+                self._live.append((weakref.ref(values), now, name))
         elif same != leader:
             raise NotShared
         if self._stop and self.expected is not None and all(self._calls[n] >= c for n, c in self.expected.items()):
@@ -186,14 +197,15 @@ class LayerWatch:
         if known.name in self._silent and bool(values.any()):
             self._silent.discard(known.name)
         seen = {what: values.detach()}
-        self.criterion.observe(Seen(known, known.parameter.detach(), **seen))
+        with torch.autocast(values.device.type, enabled=False):  # whatever the model runs in, sums are wide
+            self.criterion.observe(Seen(known, known.parameter.detach(), **seen))
 
     # -- at the end -------------------------------------------------------------------------------------------------------
 
     def finish(self, problem: SparsetrainError | None = None) -> list[str]:
         """Add up over ranks, give every layer its statistics; returns the names of experts that were given nothing.
 
-        Those rank as if all their inputs were alike (an identity matrix is all they have seen): by magnitude.
+        Those rank by magnitude: as if they had seen, in every input alike, what the other experts saw on average.
 
         Raises `TargetError` for a layer that no batch used, `DataError` where all inputs of a layer are zero, and on every
         rank the ``problem`` that one of them has.
@@ -201,7 +213,8 @@ class LayerWatch:
         if problem is None:
             self.criterion.finish()
         leaders = agree(problem, self.leader)
-        silent = set.intersection(*(set(names) for names in agree(None, self._silent)))
+        everyone = agree(None, (self._silent, self._power))
+        silent = set.intersection(*(set(names) for names, _ in everyone))
         memory = self.criterion.memory
         if any(other != self.leader for other in leaders):
             for name, leader in self.leader.items():
@@ -219,10 +232,12 @@ class LayerWatch:
             parts = self.parts[tensor.name]
             if all(part in idle for part in parts):
                 continue  # whoever asks for its score tells
+            power = sum(found.get(tensor.name, 0.0) for _, found in everyone)
+            usual = math.sqrt(power / sum(part not in idle for part in parts))
             for part in parts:
                 if part in idle:
                     eye = torch.eye(part.view(part.parameter).shape[1], device=part.parameter.device)
-                    self.criterion.observe(Seen(part, part.parameter.detach(), input=eye))
+                    self.criterion.observe(Seen(part, part.parameter.detach(), input=usual * eye))
                 elif self.leader.get(part.name, part.name) in silent:
                     raise DataError(
                         f"all inputs of {part.name} are zero in the calibration data: nothing tells its weights apart; give "
@@ -242,6 +257,11 @@ def require_seen(criterion: StatisticsCriterion, tensors: Sequence[MaskedTensor]
                 f"criterion {type(criterion).__name__} cannot score {tensor.name}: no batch used its layer; leave it out "
                 "(targets.exclude), or use criterion 'magnitude'"
             )
+
+
+def _version(values: Tensor) -> int | None:
+    """How often a tensor was written to in place; None if nobody counts."""
+    return None if values.is_inference() else values._version
 
 
 class _Products(TorchFunctionMode):

@@ -134,7 +134,8 @@ def sum_over_ranks(
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether all are finite: by their sum, which costs one read, and one by one only where that is not."""
-    return bool(torch.isfinite(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)))) or bool(
-        torch.isfinite(values).all()
-    )
+    """Whether all are finite: by their sum, which costs one read, and one by one only where that is not.
+
+    The sum is in the type of the values: in another it would cost a copy.
+    """
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())

@@ -36,7 +36,9 @@ class Stream:
         tensors: the targets; their layers are what is measured.
         run: gives a batch to the model.
         data: the batches, any number of times the same.
-        dtype: blocks run in this floating type; None: as they are. Weights stay as they are.
+        dtype: the floating type blocks run in; None, and the model's own: as they are. A half-precision type is that of
+            products alone (autocast): what a block adds up and normalizes is float32, and so is what it hands on, and the input
+            of a layer after a norm. Weights stay as they are.
         offload: where hidden states wait: ``"cpu"``, ``"disk"`` (memory-mapped files in ``folder``), None: where they are.
         folder: for ``"disk"``.
         tick: called after every batch.
@@ -68,10 +70,10 @@ class Stream:
         self.driver = Driver(model, run, self.blocks)
         self.tensors = {t.name: t for t in tensors}
         self.data = data
-        self.dtype = dtype
-        self.tick = tick
         plain = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        self.hidden = Hidden(None if dtype is None else plain, offload, folder)
+        self.dtype = None if dtype == plain else dtype
+        self.tick = tick
+        self.hidden = Hidden(None if self.dtype is None else plain, offload, folder)
 
     def tensors_of(self, segment: Segment) -> list[MaskedTensor]:
         """The targets of a segment."""
@@ -125,51 +127,63 @@ class Stream:
 
     def _run(self, segment: Segment, item: int) -> Any:
         def meet(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            stream = next(tensors_in([args, kwargs]), None)
-            return forward(*self._as_run(args, stream), **self._as_run(kwargs, stream))
+            if self.dtype is None:
+                return forward(*args, **kwargs)
+            dtype, stream = self.dtype, next(tensors_in([args, kwargs]), None)
+            args, kwargs = mapped([args, kwargs], lambda tensor: _float(tensor, None if tensor is stream else dtype))
+            with _autocast(self.driver.modules[segment.index], dtype):
+                return forward(*args, **kwargs)
 
         def carried(stack: str) -> Any:
             return self.hidden.get(stack, item)
 
         return self.driver.reach(self.data[item], segment.index, carried, meet if segment.is_block else None)
 
-    def _as_run(self, given: Any, stream: Tensor | None) -> Any:
-        dtype = self.dtype
-        return given if dtype is None else mapped(given, lambda tensor: _narrow(tensor, dtype, is_mask=tensor is not stream))
-
     @contextmanager
     def _cast(self, segment: Segment) -> Iterator[None]:
         module = self.driver.modules[segment.index] if segment.is_block else None
-        with nullcontext() if module is None or self.dtype is None else _cast(module, self.dtype):
+        with nullcontext() if module is None or self.dtype is None else _cast(module):
             yield
 
 
 @contextmanager
-def _cast(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """A module's parameters in another type inside the ``with``; the values themselves come back afterwards."""
+def _cast(module: nn.Module) -> Iterator[None]:
+    """A module in float32 inside the ``with``, all of which is one autocast; the values themselves come back afterwards."""
     cast: list[Tensor] = [p for p in module.parameters() if p.is_floating_point()]
+    needed = [p.requires_grad for p in cast]
     # Buffers may be positions or frequencies that need their precision; those of batch norms must go with the weights.
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    cast += [b for norm in norms for b in norm.buffers() if b.is_floating_point()]
-    kept = [(tensor, tensor.data) for tensor in cast]
+    values = [(t, t.data) for t in (*cast, *(b for norm in norms for b in norm.buffers() if b.is_floating_point()))]
     try:
-        for tensor, values in kept:
-            tensor.data = values.to(dtype)
-        yield
+        for tensor, value in values:
+            tensor.data = value.float()
+        for parameter in cast:  # autocast keeps what it made of a weight, to its own end, if that needs a gradient
+            parameter.requires_grad_(True)
+        with _autocast(module, None):
+            yield
     finally:
-        for tensor, values in kept:
-            tensor.data = values
+        for tensor, value in values:
+            tensor.data = value
+        for parameter, need in zip(cast, needed, strict=True):
+            parameter.requires_grad_(need)
 
 
-def _narrow(tensor: Tensor, dtype: torch.dtype, is_mask: bool) -> Tensor:
-    if not tensor.is_floating_point() or tensor.dtype == dtype:
+def _autocast(module: nn.Module, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast to a half-precision type, off for None and for all others, on the device of a module."""
+    device = next((p.device.type for p in module.parameters()), "cpu")
+    half = dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(device, dtype if half else None, enabled=half)
+
+
+def _float(tensor: Tensor, products: torch.dtype | None) -> Tensor:
+    """In float32; an additive mask, which is as low as its type goes, is no lower than ``products`` go, which take it in."""
+    if not tensor.is_floating_point():
         return tensor
-    narrow = tensor.to(dtype)
-    low = torch.finfo(tensor.dtype).min
-    if is_mask and tensor.dtype.itemsize > dtype.itemsize and bool((narrow.isinf() & (tensor == low)).any()):
-        # An additive mask: rows of nothing but -inf would give NaN.
-        narrow = narrow.clamp_min(torch.finfo(dtype).min)
-    return narrow
+    wide = tensor.float()
+    if products is not None and bool((tensor == torch.finfo(tensor.dtype).min).any()):
+        # Made -inf, rows of nothing else would give NaN.
+        return wide.clamp_min(torch.finfo(products).min)
+    return wide
 
 
 class Hidden:

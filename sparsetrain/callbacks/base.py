@@ -15,8 +15,9 @@ from sparsetrain.callbacks.exact_resume import ExactResume
 from sparsetrain.errors import MaskStateError, PatternError, RecipeError
 from sparsetrain.masks import MaskedTensor, MaskManager, Verification
 from sparsetrain.masks.sharding import local
-from sparsetrain.patterns import Sparsity
+from sparsetrain.patterns import Sparsity, Unstructured
 from sparsetrain.schedules import Clock, Curve
+from sparsetrain.targets import Targets
 
 
 class SparsityCallback(Callback):
@@ -112,12 +113,35 @@ class SparsityCallback(Callback):
         return found
 
     def use(self, model: nn.Module, manager: MaskManager | None = None) -> MaskManager:
-        """Bind this method to a model, with a ready manager or one of its own making; validates at once."""
+        """Bind this method to a model, with a ready manager or one of its own making; validates at once.
+
+        With a ready manager, its patterns and targets are what holds. Raises `PatternError` where this method was asked for
+        others than it has.
+        """
         if manager is None and self.manager is not None and self.manager.model is model:
             manager = self.manager
+        elif manager is not None:
+            self._require_agreement(manager)
         self.manager = manager or self.create_manager(model)
         self.validate()
         return self.manager
+
+    def _require_agreement(self, manager: MaskManager) -> None:
+        """Raise where this method's own pattern, targets or overrides say something else than the manager it is given."""
+        me, options = type(self).__name__, vars(self)
+        pattern, targets = options.get("pattern"), options.get("targets")
+        patterns = sorted({str(tensor.pattern) for tensor in manager})
+        if pattern is not None and pattern != Unstructured() and str(pattern) not in patterns:
+            problem = f"is asked for pattern {pattern}, and its manager has {', '.join(patterns)}"
+        elif (
+            targets and targets != Targets() and {t.name for t in targets.match(manager.model).targets} != set(manager.tensors)
+        ):
+            problem = f"is asked for {targets}, which are not the targets of its manager"
+        elif options.get("overrides"):
+            problem = f"has overrides ({', '.join(options['overrides'])}), which its manager knows nothing of"
+        else:
+            return
+        raise PatternError(f"{me} {problem}; say it once: MaskManager(model, targets, pattern, overrides)")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find or make the manager, before anything is sharded or loaded."""

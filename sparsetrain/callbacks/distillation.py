@@ -164,9 +164,7 @@ class Distillation(Callback):
         """Listen to both networks and wrap ``training_step``."""
         student, teacher = self._student(pl_module), self._frozen
         assert teacher is not None
-        like = next((p for p in student.parameters() if p.is_floating_point()), None)
-        if like is not None:
-            teacher.to(device=like.device, dtype=like.dtype)
+        _move(teacher, student)
         self._remove()
         for network in (student, teacher):
             for name in self.layers if self.hidden else ():
@@ -259,6 +257,19 @@ class Distillation(Callback):
                 )
             hidden = hidden_loss(call.hidden, teacher.hidden, kept(seen, call.hidden[0].shape[:-1]))
         return logits, hidden
+
+
+def _move(teacher: nn.Module, student: nn.Module) -> None:
+    """Bring a teacher to the student's device and precision, each tensor to that of the student's of the same name."""
+    like = next((p for p in student.parameters() if p.is_floating_point()), None)
+    if like is None:
+        return
+    # A model of half precision may keep some buffers in single, such as the frequencies of rotary positions.
+    kinds = {name: value.dtype for name, value in (*student.named_parameters(), *student.named_buffers())}
+    teacher.to(like.device)
+    for name, value in (*teacher.named_parameters(), *teacher.named_buffers()):
+        if value.is_floating_point():
+            value.data = value.data.to(kinds.get(name, like.dtype))
 
 
 def _labels(batch: Any) -> dict[str, Any]:

@@ -5,11 +5,13 @@ When to use it: a checkpoint pruned in one shot (Wanda, SparseGPT, any tool) is 
 What it does: when training starts, the zeros of the targets become masks, checked against the declared pattern, and are kept
 through every step. Formula: none. Knobs: ``pattern`` (what the zeros are meant to be), ``targets``, ``overrides``.
 
-Combines with: everything `PruneFinetune` combines with. How it fails: it does not; a model without zeros, or whose zeros are
-not the declared pattern, is refused when training starts.
+Combines with: everything `PruneFinetune` combines with. How it fails: a model without zeros, or whose zeros are not the
+declared pattern, is refused when training starts; of zeros that are no target's, or more than the pattern holds, it warns.
 """
 
 from __future__ import annotations
+
+import warnings
 
 from lightning.pytorch import Trainer
 from torch import nn
@@ -17,7 +19,7 @@ from torch import nn
 from sparsetrain.callbacks.base import SparsityCallback
 from sparsetrain.errors import PatternError
 from sparsetrain.masks import MaskManager, Override
-from sparsetrain.masks.verification import adopt_zeros
+from sparsetrain.masks.verification import adopt_zeros, free_zeros
 from sparsetrain.patterns import Pattern, parse_pattern
 from sparsetrain.targets import Targets
 
@@ -46,8 +48,16 @@ class KeepMasks(SparsityCallback):
 
     def on_begin(self, trainer: Trainer, resumed: bool) -> None:
         """Adopt, unless masks are there already (a resumed run, a second fit)."""
-        if resumed or self.masks.masks:
+        if resumed:
             return
-        self.masks.unclaimed = adopt_zeros(self.masks)
+        if not self.masks.masks:
+            self.masks.unclaimed = adopt_zeros(self.masks)
         if not self.masks.masks:
             raise PatternError("the model has no zeros to keep: no target holds any; is this the pruned checkpoint?")
+        for name, share in free_zeros(self.masks).items():
+            why = self.masks.unclaimed.get(name, "it was pruned further after its mask was made")
+            warnings.warn(
+                f"{share:.0%} of {name} are zeros that no mask keeps, and training fills them ({why}); make it a target "
+                "(targets.include, head, embeddings), or declare the pattern its zeros have",
+                stacklevel=2,
+            )

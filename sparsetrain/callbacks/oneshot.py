@@ -34,7 +34,6 @@ from sparsetrain.callbacks.clock import clock_of
 from sparsetrain.callbacks.exact_resume import capture, restore
 from sparsetrain.callbacks.statistics import loss_of, require_data, silenced, training_batches
 from sparsetrain.criteria import Criterion, StatisticsCriterion, get_criterion
-from sparsetrain.errors import RecipeError
 from sparsetrain.masks import MaskedTensor, MaskManager, Override
 from sparsetrain.oneshot import OneShotReport, Streaming, prune_oneshot, validate_oneshot
 from sparsetrain.patterns import Pattern, Sparsity, exact, parse_pattern
@@ -89,8 +88,13 @@ class OneShotPruning(SparsityCallback):
 
     def create_manager(self, model: nn.Module) -> MaskManager:
         """A manager for the targets, pattern and overrides."""
-        self._done, self.report = False, None  # what was done was done to another model
         return MaskManager(model, self.targets, self.pattern, self.overrides)
+
+    def use(self, model: nn.Module, manager: MaskManager | None = None) -> MaskManager:
+        """Bind to a model; what was done to another one is not done to this."""
+        if self.manager is not None and self.manager.model is not model:
+            self._done, self.report = False, None
+        return super().use(model, manager)
 
     def validate(self) -> None:
         """Every tensor can reach what is asked of it, and the criterion can score it block by block."""
@@ -112,10 +116,7 @@ class OneShotPruning(SparsityCallback):
 
     def on_begin(self, trainer: Trainer, resumed: bool) -> None:
         """Say when; prune at once if it is now. A second ``fit`` keeps the masks of the first."""
-        curves = self.curves(clock_of(trainer))
-        if not curves:
-            raise RecipeError("every target is asked for sparsity 0: nothing would be pruned; raise sparsity or drop overrides")
-        self._at = min(curve.points[0][0] for curve in curves.values())
+        self._at = min(curve.points[0][0] for curve in self.curves(clock_of(trainer)).values())
         if not self._done:
             require_data(trainer, self.masks, self.criterion)
             if not resumed:

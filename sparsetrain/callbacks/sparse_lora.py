@@ -15,11 +15,13 @@ Combines with: any optimizer, AMP, accumulation, clipping, DDP, `Distillation`. 
 (EMA, SWA) are refused. A quantized base is never looked at: give its masks as a file (``masks``), with ``merge=False``.
 
 How it fails: a model without zeros, zeros of another pattern, and layers that are no Linear or Conv1D are refused by name.
-Checkpoints written during training hold the adapters (resume from those); only what is saved after it is merged.
+Checkpoints written during training hold the adapters (resume from those); only what is saved after it is merged. To end with
+the best of them instead of the last: ``merge=False``, then ``trainer.validate(ckpt_path="best")``, then ``adapters.merge()``.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +36,7 @@ from sparsetrain.callbacks.base import SparsityCallback, averaged_copies
 from sparsetrain.errors import MaskStateError, PatternError, RecipeError
 from sparsetrain.masks import MaskManager, Override
 from sparsetrain.masks.state import read_masks, to_state
-from sparsetrain.masks.verification import adopt_zeros
+from sparsetrain.masks.verification import adopt_zeros, free_zeros
 from sparsetrain.nn import require_peft
 from sparsetrain.patterns import Pattern, parse_pattern
 from sparsetrain.targets import Targets
@@ -148,6 +150,12 @@ class SparseLoRA(SparsityCallback):
         if not self.masks.masks:
             # A model that is about to load a checkpoint has no zeros yet.
             self.masks.unclaimed = adopt_zeros(self.masks)
+        for name, share in free_zeros(self.masks).items() if self.masks_file is None else ():
+            if name in self.masks.tensors:
+                why = self.masks.unclaimed.get(name, "it was pruned further after its mask was made")
+                warnings.warn(
+                    f"{share:.0%} of {name} are zeros that no mask keeps, and adapters fill them ({why})", stacklevel=2
+                )
         from sparsetrain.nn.adapters import Adapters
 
         self.adapters = Adapters(pl_module, self._by_name(), self.config)
@@ -182,6 +190,13 @@ class SparseLoRA(SparsityCallback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge and take the adapters out. Raises `PatternError` where a zero would be lost, writing nothing."""
         super().on_fit_end(trainer, pl_module)
+        idle = self._require().idle()
+        if 0 < len(idle) < len(self._require().layers):
+            warnings.warn(
+                f"the adapter of {idle[0]} and {len(idle) - 1} others never moved: no batch used the layer (an expert that was "
+                "not chosen), or something reads its weight without calling it; exclude these (targets.exclude)",
+                stacklevel=2,
+            )
         if self.merge:
             self._require().merge()
             self._take_out()

@@ -65,7 +65,7 @@ def add_outer(outer: Tensor, values: Tensor) -> None:
 
 def symmetric(outer: Tensor) -> Tensor:
     """A new matrix with the upper triangle mirrored. Example: ``[[1, 2], [0, 3]]`` gives ``[[1, 2], [2, 3]]``."""
-    return outer.triu() + outer.triu(1).mT
+    return outer.triu().add_(outer.triu(1).mT)
 
 
 def inverse_factor(hessian: Tensor) -> Tensor | None:
@@ -77,22 +77,28 @@ def inverse_factor(hessian: Tensor) -> Tensor | None:
     lower, broken = torch.linalg.cholesky_ex(hessian.flip(-1, -2))
     if bool(broken.any()):
         return None
-    factor = _inverse_of_lower(lower).flip(-1, -2)
-    return factor if bool(torch.isfinite(factor).all()) else None
+    _invert_lower(lower)
+    factor = lower.flip(-1, -2)
+    return factor if _all_finite(factor) else None
 
 
-def _inverse_of_lower(lower: Tensor) -> Tensor:
+def _invert_lower(lower: Tensor) -> None:
+    """In place, by halves: ``[[A, 0], [B, C]]`` becomes ``[[A^-1, 0], [-C^-1 B A^-1, C^-1]]``."""
     size = lower.shape[-1]
     if size <= _LEAF:
         eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        whole: Tensor = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
-        return whole
+        lower.copy_(torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False))
+        return
     half = size // 2
-    first, second = _inverse_of_lower(lower[..., :half, :half]), _inverse_of_lower(lower[..., half:, half:])
-    inverse = torch.zeros_like(lower)
-    inverse[..., :half, :half], inverse[..., half:, half:] = first, second
-    inverse[..., half:, :half] = second @ (lower[..., half:, :half] @ -first)
-    return inverse
+    first, below, second = lower[..., :half, :half], lower[..., half:, :half], lower[..., half:, half:]
+    _invert_lower(first)
+    _invert_lower(second)
+    below.copy_(second @ (below @ first).neg_())
+
+
+def _all_finite(values: Tensor) -> bool:
+    """By their sum, which costs one read and no memory, and one by one only where that is not."""
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def sweep(weights: Tensor, factor: Tensor, choice: Choice) -> Tensor:
@@ -108,21 +114,22 @@ def sweep(weights: Tensor, factor: Tensor, choice: Choice) -> Tensor:
         stop = min(start + choice.block, columns)
         block, gone, corner = weights[:, start:stop], pruned[:, start:stop], factor[:, start:stop, start:stop]
         pivots = corner.diagonal(dim1=1, dim2=2).unsqueeze(-1)
-        errors = torch.empty_like(block, memory_format=torch.contiguous_format)
+        errors = torch.zeros_like(block, memory_format=torch.contiguous_format)
+        # Row j: what the errors of all columns do to column j; not yet known ones are 0 and do nothing.
+        pushes = corner.triu(1).mT.contiguous()
         if not choice.by_panel:
             gone.copy_(_choose(choice, start, stop, block, pivots))
         for a in range(0, stop - start, choice.panel):
             b = min(a + choice.panel, stop - start)
             if a:
-                block[:, a:b].baddbmm_(corner[:, :a, a:b].mT, errors[:, :a], alpha=-1)
+                block[:, a:b].baddbmm_(pushes[:, a:b, :a], errors[:, :a], alpha=-1)
             if choice.by_panel:
                 gone[:, a:b].copy_(_choose(choice, start + a, start + b, block[:, a:b], pivots[:, a:b]))
-            share = gone[:, a:b] / pivots[:, a:b]
-            for i in range(a, b):
-                if i > a:
-                    block[:, i : i + 1].baddbmm_(corner[:, a:i, i : i + 1].mT, errors[:, a:i], alpha=-1)
-                torch.mul(block[:, i], share[:, i - a], out=errors[:, i])
-        block.masked_fill_(gone, 0.0)
+            known = errors[:, a:b]
+            parts = (block[:, a:b], pushes[:, a:b, a:b], gone[:, a:b] / pivots[:, a:b], known)
+            for column, push, share, error in zip(*(torch.split(part, 1, dim=1) for part in parts), strict=True):
+                torch.mul(column.baddbmm_(push, known, alpha=-1), share, out=error)
+        block.mul_(~gone)
         if stop < columns:
             weights[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors, alpha=-1)
     return pruned
@@ -246,7 +253,7 @@ class SparseGPT(InputCriterion):
         return mask, values
 
     def _require_finite(self, values: Tensor, name: str, way: str) -> None:
-        if not bool(torch.isfinite(values).all()):
+        if not _all_finite(values):
             raise DivergedError(f"SparseGPT: {name} has weights that are not finite. {way}; nothing was pruned in it")
 
     def _factorized(self, name: str, order: Tensor | slice, like: Tensor) -> _Factorized:

@@ -158,3 +158,18 @@ def adopt_zeros(manager: MaskManager) -> dict[str, str]:
             if share:
                 unclaimed[name] = f"is {float(share):.0%} zero but no target: {manager.skipped[name]}"
     return unclaimed
+
+
+@torch.no_grad()
+def free_zeros(manager: MaskManager) -> dict[str, float]:
+    """Share of zeros that no mask holds, by tensor; those with more than 1 % that train, so that steps would fill them.
+
+    Example: ``free_zeros(MaskManager.adopt(model, "2:4"))`` is ``{"lm_head.weight": 0.5}`` if the head was pruned too.
+    """
+    dead = {name: count for name, (count, _) in manager.counts().items()}
+    found = {}
+    for stored, parameter in manager.model.named_parameters():
+        if parameter.ndim > 1 and parameter.requires_grad:
+            zeros = sharding.total([sharding.local(parameter.detach()) == 0], parameter)[0]
+            found[plain_name(stored)] = (zeros - dead.get(plain_name(stored), 0)) / parameter.numel()
+    return {name: share for name, share in found.items() if share > 0.01}

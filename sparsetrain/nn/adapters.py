@@ -71,10 +71,16 @@ class Adapters:
         try:
             inject_adapter_in_model(config, self.model, ADAPTER)
             cast_adapter_dtype(self.model, ADAPTER)  # adapters of a half-precision model train in single precision
-        except ValueError as error:
+        except Exception as error:
+            # It may have got half of the way.
+            self.layers = self._wrapped()
+            self.remove()
             raise RecipeError(f"PEFT refuses the adapters: {error}") from error
-        found = {n: m for n, m in self.model.named_modules() if isinstance(m, MaskedLoraLinear)}
+        found = self._wrapped()
         return {name: found[name] for name in names}
+
+    def _wrapped(self) -> dict[str, MaskedLoraLinear]:
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, MaskedLoraLinear)}
 
     def set_masks(self, masks: Mapping[str, Tensor | None]) -> None:
         """Give every layer the mask of its weight; one byte a weight, shared with whoever made it."""
@@ -89,6 +95,10 @@ class Adapters:
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         own = sum(p.numel() for n, p in self.model.named_parameters() if ".lora_" not in n)
         return {"rank": self.config.r, "adapters": len(self.layers), "trainable": trainable, "share": trainable / own}
+
+    def idle(self) -> list[str]:
+        """Layers whose adapter still does nothing: B is zero, as it was at the start."""
+        return [name for name, layer in self.layers.items() if not bool(torch.count_nonzero(layer.factors[1].detach()))]
 
     # -- ending -----------------------------------------------------------------------------------------------------------
 
@@ -180,14 +190,26 @@ class Adapters:
                 )
             masks = load_masks(folder / "masks.safetensors")
         weights = {n.removeprefix(_PEFT).replace(".lora_A.weight", ".weight") for n in tensors if ".lora_A." in n}
-        config.target_modules, config.inference_mode = None, False
+        # Which layers they are on, the tensors say.
+        config.target_modules = config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        config.inference_mode = False
         adapters = cls(model, {name: masks.get(name) for name in sorted(weights)}, config)
+        found = {
+            re.sub(r"\.lora_([AB])\.weight$", rf".lora_\1.{ADAPTER}.weight", name.removeprefix(_PEFT)): value
+            for name, value in tensors.items()
+        }
         own = model.state_dict()
-        for stored, value in tensors.items():
-            name = re.sub(r"\.lora_([AB])\.weight$", rf".lora_\1.{ADAPTER}.weight", stored.removeprefix(_PEFT))
-            if name not in own or own[name].shape != value.shape:
-                adapters.remove()
-                raise MaskStateError(f"{folder} is of another model: {name} of shape {tuple(value.shape)} does not fit here")
+        trained = {n for n in own if ".lora_" in n or any(n.startswith(f"{module}.") for module in adapters.saved)}
+        wrong = [
+            f"{name} of shape {tuple(value.shape)} does not fit here"
+            for name, value in found.items()
+            if name not in own or own[name].shape != value.shape
+        ]
+        wrong += [f"it lacks {name}" for name in sorted(trained - found.keys())]
+        if wrong:
+            adapters.remove()
+            raise MaskStateError(f"{folder} is of another model, or damaged: {wrong[0]}")
+        for name, value in found.items():
             own[name].copy_(value)
         return adapters
 

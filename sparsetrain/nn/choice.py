@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 from peft import LoraConfig
@@ -15,6 +16,12 @@ from sparsetrain.errors import RecipeError, TargetError, nearest
 from sparsetrain.nn.lora import plain_weight
 
 _INITS = (True, False, "gaussian")
+#: What of PEFT's settings is followed, or says nothing about the arithmetic. Any other must be as PEFT leaves it.
+_KNOWN = {
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "init_lora_weights"),
+    *("target_modules", "modules_to_save", "fan_in_fan_out", "task_type", "peft_type", "auto_mapping", "peft_version"),
+    *("base_model_name_or_path", "revision", "inference_mode", "runtime_config"),
+}
 #: Who reads the weights of its children without calling them.
 _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -77,9 +84,13 @@ def _check_config(config: LoraConfig) -> None:
             f"init_lora_weights={config.init_lora_weights!r} rewrites the frozen weights and their zeros, or needs data; use "
             f"one of {', '.join(map(repr, _INITS))}"
         )
-    for option in ("lora_bias", "target_parameters", "layer_replication", "trainable_token_indices", "layers_to_transform"):
-        if getattr(config, option, None):
-            raise RecipeError(f"{option}={getattr(config, option)!r} is not supported by masked LoRA; leave it out")
+    plain = LoraConfig()
+    for option in (field.name for field in fields(config) if field.name not in _KNOWN):
+        if (value := getattr(config, option)) != getattr(plain, option):
+            raise RecipeError(
+                f"{option}={value!r} is not supported by masked LoRA; leave it out (which layers get adapters say targets and "
+                "target_modules, what else trains modules_to_save)"
+            )
     if config.r < 1:
         raise RecipeError(f"rank {config.r} is no rank; give 1 or more")
 

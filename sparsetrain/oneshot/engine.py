@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from sparsetrain.allocation import Allocation, get_allocation
 from sparsetrain.calibration import at_rest, first_alone, ranks, rebatch, require_some, runner
@@ -24,7 +26,7 @@ from sparsetrain.errors import DataError, RecipeError
 from sparsetrain.masks import MaskManager
 from sparsetrain.oneshot.job import Job, row_of, together
 from sparsetrain.oneshot.report import OneShotReport
-from sparsetrain.oneshot.settings import Streaming, require_sane, validate_oneshot
+from sparsetrain.oneshot.settings import Streaming, require_sane, to_prune, validate_oneshot
 from sparsetrain.patterns import Sparsity
 from sparsetrain.pruning import allocate, prune
 
@@ -71,9 +73,8 @@ def prune_oneshot(
     """
     score, spread = get_criterion(criterion), get_allocation(allocation)
     validate_oneshot(manager, sparsity, score, spread)
-    for tensor in manager:
-        if tensor.goal != 0:  # what stays dense may be what it likes
-            require_sane(tensor)
+    for tensor in to_prune(manager):
+        require_sane(tensor)
     started = time.perf_counter()
     if not isinstance(score, StatisticsCriterion):
         own = allocate(manager, sparsity, criterion=score, allocation=spread, step=step)
@@ -96,6 +97,8 @@ def _data_for(criterion: StatisticsCriterion, batches: Iterable[Any] | None, how
     name = f"criterion {type(criterion).__name__}"
     if batches is None:
         raise DataError(f"{name} needs data: give batches, such as a DataLoader or a list of tensors")
+    if isinstance(batches, Tensor | Mapping):
+        raise DataError(f"{name} is given one {type(batches).__name__} and not several batches; give a list: [batch]")
     if folder is not None and ranks() > 1:
         raise RecipeError(f"{ranks()} processes cannot go on from one folder: leave `work` out, or use one process")
     data = first_alone(rebatch(batches, 1 if criterion.per_sample else how.batch))

@@ -26,7 +26,7 @@ from sparsetrain.criteria import Known, StatisticsCriterion
 from sparsetrain.errors import SparsetrainError
 from sparsetrain.masks import MaskedTensor, MaskManager, sharding
 from sparsetrain.oneshot.report import OneShotReport, OneShotRow
-from sparsetrain.oneshot.settings import DTYPES, Streaming
+from sparsetrain.oneshot.settings import DTYPES, Streaming, to_prune
 from sparsetrain.oneshot.work import Work
 from sparsetrain.patterns import Sparsity, exact
 from sparsetrain.pruning import allocate, prune
@@ -87,7 +87,7 @@ class Job:
                     self._measure_all()
                 self.work.keep_plan(allocate(self.manager, sparsity, criterion=self.score, allocation=spread, step=self.step))
                 self.score.reset()
-            self.work.restore(self.manager, [s.targets for s in segments], self.stream.hidden)
+            self.work.restore(self.manager, [s.targets for s in segments], self.stream.hidden, self.step)
             for number in range(self.work.done, len(segments)):
                 with _telling(segments[:number]):
                     bar.say(self._segment(segments[number]))
@@ -103,7 +103,7 @@ class Job:
         self.stream.hidden.clear()
 
     def _measure(self, segment: Segment, keep: bool) -> tuple[Any, list[str]]:
-        tensors = self.stream.tensors_of(segment)
+        tensors = to_prune(self.stream.tensors_of(segment))
         for share in (not keep, False):
             watch, problem, first = LayerWatch(tensors, self.score, share), None, None
             for part in (p for parts in watch.parts.values() for p in parts):
@@ -124,17 +124,18 @@ class Job:
         stream, plan = self.stream, self.work.plan or {}
         dense_inputs, last = self.how.inputs == "dense", stream.is_last(segment)
         first, unseen, error = None, list[str](), None
-        if segment.targets:
+        changes = bool(to_prune(stream.tensors_of(segment)))
+        if changes:
             first, unseen = self._measure(segment, keep=dense_inputs)
             own = {name: plan[name] for name in segment.targets}
             prune(self.manager, criterion=self.score, own=own, only=own, regrow=False, step=self.step, why="one-shot")
             self.score.memory.clear()
-        if dense_inputs and segment.targets:
+        if dense_inputs and changes:
             after = stream.peek(segment)
             stream.put(segment, 0, first)
         else:
             after = stream.peek(segment) if last else stream.advance(segment)
-        if segment.is_block and segment.targets:
+        if segment.is_block and changes:
             error = relative_error(after, first, segment.name)
         seconds = time.perf_counter() - started
         notes = getattr(self.score, "notes", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,8 +13,8 @@ from sparsetrain.calibration import Offload, is_finite, prepared, require_sums, 
 from sparsetrain.criteria import Criterion, Known, StatisticsCriterion
 from sparsetrain.errors import DivergedError, PatternError, RecipeError, nearest
 from sparsetrain.masks import MaskedTensor, MaskManager, sharding
-from sparsetrain.patterns import Sparsity
-from sparsetrain.pruning import validate
+from sparsetrain.patterns import Sparsity, exact
+from sparsetrain.pruning import final_sparsity, require_solvable, validate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,8 +40,8 @@ class Streaming:
     offload: Offload = None
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise RecipeError(f"batch={self.batch}: at least 1 sample goes through a block at a time")
+        if not isinstance(self.batch, int) or self.batch < 1:
+            raise RecipeError(f"batch={self.batch}: a whole number of samples goes through a block at a time, at least 1")
         for key, known in (("inputs", ("pruned", "dense")), ("dtype", (None, *DTYPES)), ("offload", (None, "cpu", "disk"))):
             value = getattr(self, key)
             if value not in known:
@@ -66,17 +67,25 @@ def validate_oneshot(manager: MaskManager, sparsity: Sparsity | None, criterion:
             )
         require_whole(manager, criterion)
         require_sums(criterion)
-        require_visible(manager.model, list(manager), criterion)
+        require_visible(manager.model, to_prune(manager), criterion)
     validate(manager, sparsity, together=allocation.pooled)
+    require_solvable(manager, criterion)
+    if not any(exact(final_sparsity(tensor, sparsity)) for tensor in manager):
+        raise RecipeError("every target is asked for sparsity 0: nothing would be pruned; raise sparsity or drop overrides")
     for tensor in manager:
         if tensor.goal is None:
             allocation.check(tensor.pattern, tensor.name)
     shared = [Share.without_scores(t.name, t.pattern, t.target.view_shape) for t in manager if t.goal is None]
     if shared and sparsity:
         allocation.validate(shared, sparsity)
-    tensors = list(manager)
+    tensors = to_prune(manager)
     known = prepared(tensors, criterion) if isinstance(criterion, StatisticsCriterion) else [Known.of(t) for t in tensors]
     criterion.prepare(manager.model, known)
+
+
+def to_prune(tensors: Iterable[MaskedTensor]) -> list[MaskedTensor]:
+    """Those that are not to stay dense by an override of their own."""
+    return [tensor for tensor in tensors if tensor.goal != 0 or tensor.mask is not None]
 
 
 def require_sane(tensor: MaskedTensor) -> None:

@@ -44,7 +44,10 @@ class Work:
         self.rows: list[OneShotRow] = []
         self.unseen: list[str] = []
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RecipeError(f"work={str(folder)!r} cannot be a folder ({error.strerror}); give another one") from error
             if (folder / _PROGRESS).exists():
                 self._read(folder / _PROGRESS)
 
@@ -65,8 +68,8 @@ class Work:
                     "order) and arguments, or give another folder"
                 )
 
-    def restore(self, manager: MaskManager, segments: Sequence[Sequence[str]], hidden: Any) -> None:
-        """Install the finished segments' weights and masks, and what the next block is given."""
+    def restore(self, manager: MaskManager, segments: Sequence[Sequence[str]], hidden: Any, step: int) -> None:
+        """Install the finished segments' weights and masks, and what the next block is given; ``step`` is recorded."""
         if self.folder is None or not self.done:
             return
         for number in range(self.done):
@@ -77,7 +80,7 @@ class Work:
                         weight, mask = file.get_tensor(f"{name}/weight"), file.get_tensor(f"{name}/mask")
                         device = manager[name].target.parameter.device
                         sparsity = Fraction(file.metadata()[name])
-                        manager.install(name, mask.to(device, torch.bool), sparsity, why="oneshot")
+                        manager.install(name, mask.to(device, torch.bool), sparsity, step=step, why="one-shot")
                         manager.write(name, weight.to(device))
             except (OSError, safetensors.SafetensorError, KeyError, TypeError) as error:
                 raise MaskStateError(f"{path} cannot be read ({error}); delete the folder and start anew") from error

@@ -14,6 +14,9 @@ Perplexities of different tokenizers are not comparable; the shift by one token 
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from sparsetrain.data.tokenized import require_fit
 from sparsetrain.data.windows import IGNORED, TokenWindows
 from sparsetrain.errors import DataError
 
@@ -79,6 +83,21 @@ def exact(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode inside; afterwards every module, also one that was frozen in eval mode, is in the mode it was in.
+
+    Example: ``with evaluating(model): ...``.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def perplexity(model: nn.Module, tokens: Tensor, window: int, stride: int | None = None, batch_size: int = 8) -> float:
     """Return the perplexity of a text under a model, in eval mode, on the model's device; sums in float64.
 
@@ -90,7 +109,8 @@ def perplexity(model: nn.Module, tokens: Tensor, window: int, stride: int | None
         batch_size: windows at once.
 
     Raises:
-        DataError: for fewer than 2 tokens, a window below 2, or a stride outside [1, window).
+        DataError: for fewer than 2 tokens, a window below 2, or a stride outside [1, window); for ids or a window beyond what
+            a transformers model can read.
 
     Example: ``perplexity(model, ids, window=512)`` (block), ``perplexity(model, ids, window=512, stride=256)`` (sliding).
     """
@@ -101,14 +121,12 @@ def perplexity(model: nn.Module, tokens: Tensor, window: int, stride: int | None
         )
     windows = TokenWindows.cut([tokens.cpu()], window, stride)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    training, total, count = model.training, 0.0, 0
-    model.eval()
-    try:
-        with torch.no_grad():
-            for indices in torch.split(torch.arange(len(windows)), batch_size):
-                ids, labels = (part.to(device) for part in windows.__getitems__(indices))
-                loss, scored = next_token_loss(logits_of(model, ids), labels)
-                total, count = total + float(loss), count + int(scored)
-    finally:
-        model.train(training)
-    return math.exp(total / count)
+    require_fit(model, int(tokens.max()) + 1, min(window, len(tokens)))
+    total, count = 0.0, 0
+    with evaluating(model), torch.no_grad():
+        for indices in torch.split(torch.arange(len(windows)), batch_size):
+            ids, labels = (part.to(device) for part in windows.__getitems__(indices))
+            loss, scored = next_token_loss(logits_of(model, ids), labels)
+            total, count = total + float(loss), count + int(scored)
+    mean = total / count
+    return math.inf if mean > math.log(sys.float_info.max) else math.exp(mean)

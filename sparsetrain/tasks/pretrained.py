@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sparsetrain.data.tokens import find_model
 from sparsetrain.errors import MaskStateError, RecipeError, nearest
+from sparsetrain.tasks.perplexity import evaluating
 
 #: What every configuration takes beside the arguments of its class.
 _COMMON = {"num_labels", "rope_theta", "rope_scaling"}
@@ -66,6 +67,11 @@ def load_network(kind: str, model: str | None, config: dict[str, Any] | None, **
         raise RecipeError(
             f"model {model!r} cannot be loaded as {kind}: {first}. Give a folder that from_pretrained reads, or a hub name"
         ) from error
+    if any(".lora_A." in name for name, _ in network.named_parameters()):
+        raise RecipeError(
+            f"model {model!r} is a LoRA adapter, not a model; merge it into its base first (peft: merge_and_unload, then "
+            "save_pretrained)"
+        )
     lost = sorted(info["missing_keys"])
     # A classifier's head (and pooler) may be new, a language model may not.
     if kind == "SequenceClassification":
@@ -142,10 +148,10 @@ def save_pretrained(
         model: a `CausalLM` or `SequenceClassification`, or a model of transformers.
         folder: must be new or empty, unless ``overwrite``.
         tokenizer: of the data (``data.tokenizer``), or of transformers; without one only the model is written.
-        overwrite: replace a folder that is there.
+        overwrite: replace a folder that holds a model.
 
     Raises:
-        RecipeError: for a network that is not of transformers, or a folder in use.
+        RecipeError: for a network that is not of transformers or has adapters in it, or a folder in use.
         MaskStateError: when what was written does not equal the model.
 
     Example: ``save_pretrained(task, "exported", tokenizer=data.tokenizer)``.
@@ -153,32 +159,56 @@ def save_pretrained(
     network: Any = model if hasattr(model, "save_pretrained") else getattr(model, "network", None)
     if not (hasattr(network, "save_pretrained") and hasattr(network, "config")):
         raise RecipeError(f"{type(model).__name__} holds no model of transformers; export its state_dict instead")
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not overwrite)):
-        raise RecipeError(f"{target} is in use; choose another folder, or overwrite=True to replace it")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if any(".lora_A." in name for name, _ in network.named_parameters()):
+        raise RecipeError(
+            "the model holds LoRA adapters that are not merged; merge them first (adapters.merge()), then save it"
+        )
+    target = Path(folder).resolve()
+    require_free(target, overwrite)
+    inputs = _inputs(network)
     partial, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("partial", "old"))
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with _silent(_transformers()):
             network.save_pretrained(partial)
         if tokenizer is not None:
             getattr(tokenizer, "save", getattr(tokenizer, "save_pretrained", None))(partial)  # type: ignore[misc]
-        _verify(network, partial)
+        _verify(network, partial, inputs)
         if target.exists():
             target.rename(old)
         partial.rename(target)
-    except BaseException:
+    except BaseException as error:
         if old.exists() and not target.exists():
             old.rename(target)
+        if isinstance(error, OSError):
+            raise RecipeError(f"{folder} cannot be written: {error}; choose another folder") from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
-    return target
+    return Path(folder)
 
 
-def _verify(network: Any, folder: Path) -> None:
+def require_free(folder: Path, overwrite: bool = False) -> None:
+    """Raise `RecipeError` unless a model may be written to ``folder``: it is new, empty, or holds a model to be replaced.
+
+    Example: ``require_free(Path("pruned"), overwrite=True)``.
+    """
+    target = folder.resolve()
+    if not target.exists():
+        return
+    if not target.is_dir() or (any(target.iterdir()) and not overwrite):
+        raise RecipeError(f"{target} is in use; choose another folder, or overwrite=True to replace it")
+    if Path.cwd().is_relative_to(target):
+        raise RecipeError(f"{target} is the working directory, or holds it, and would be replaced; choose another folder")
+    if any(target.iterdir()) and not (target / "config.json").is_file():
+        raise RecipeError(
+            f"{target} holds something that is no model (no config.json) and would be lost; choose another folder"
+        )
+
+
+def _verify(network: Any, folder: Path, inputs: dict[str, Tensor]) -> None:
     """Raise `MaskStateError` unless stock transformers reads the folder as this very model."""
     transformers = _transformers()
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
@@ -189,25 +219,49 @@ def _verify(network: Any, folder: Path) -> None:
     for name in dict.fromkeys([*own, *written]):
         if name not in written or name not in own or not _same_bits(own[name], written[name]):
             raise MaskStateError(f"{name} is not the same in {folder.name} as in the model; nothing was written")
-    config = network.config.get_text_config()
-    length = min(16, getattr(config, "max_position_embeddings", None) or 16)
-    # One text: a classifier without padding token takes no more.
-    ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(network.device)
-    training = network.training
-    network.eval()
-    try:
-        with torch.no_grad():
-            before, after = (_output(part, ids).float() for part in (network, again.eval()))
-    finally:
-        network.train(training)
+    # Training in bfloat16 rounds what no folder holds (the frequencies of rotary positions); a loaded model has it exact.
+    kinds = {name: buffer.dtype for name, buffer in network.named_buffers()}
+    for name, buffer in again.named_buffers():
+        buffer.data = buffer.data.to(kinds.get(name, buffer.dtype))
+    before, after = (_output(part, inputs).float() for part in (network, again))
     worst = float((before - after).abs().max())
     if not worst <= 1e-4 * max(1.0, float(before.abs().max())):
         raise MaskStateError(f"the outputs of {folder.name} differ from the model's by {worst:.2g}; nothing was written")
 
 
-def _output(network: nn.Module, ids: Tensor) -> Tensor:
+def _inputs(network: Any) -> dict[str, Tensor]:
+    """One random text, image or spectrogram (a classifier without padding token takes no more); `RecipeError` where a model
+    does not take them: what is written could not be verified."""
+    noise, config = torch.Generator().manual_seed(0), network.config
+    text, kind = config.get_text_config(decoder=True), network.main_input_name
+    found = {}
+    try:
+        if kind == "pixel_values":
+            found[kind] = torch.randn(1, config.num_channels, config.image_size, config.image_size, generator=noise)
+        if kind == "input_features":
+            found[kind] = torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=noise)
+        if kind == "input_ids" or config.is_encoder_decoder:
+            length = min(16, getattr(text, "max_position_embeddings", None) or 16)
+            ids = torch.randint(text.vocab_size, (1, length), generator=noise)
+            names = (*(() if found else ("input_ids",)), *(("decoder_input_ids",) if config.is_encoder_decoder else ()))
+            found |= dict.fromkeys(names, ids)
+        inputs = {k: v.to(network.device, network.dtype if v.is_floating_point() else v.dtype) for k, v in found.items()}
+        finite = bool(torch.isfinite(_output(network, inputs)).all())
+    except Exception as error:  # each of some hundred model classes has ways of its own to fail
+        raise RecipeError(
+            f"{type(network).__name__} cannot be run on a random {kind}, by which what is written is verified: "
+            f"{' '.join(str(error).split())}; use its own save_pretrained"
+        ) from error
+    if not finite:
+        raise RecipeError(f"the outputs of {type(network).__name__} hold NaN or infinity; find what diverged before saving it")
+    return inputs
+
+
+@torch.no_grad()
+def _output(network: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """The logits of a model, or the hidden states of one without a head."""
-    output = network(ids)
+    with evaluating(network):
+        output = network(**inputs)
     found = getattr(output, "logits", None)
     hidden: Tensor = output.last_hidden_state if found is None else found
     return hidden

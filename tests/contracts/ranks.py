@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers.pytorch_utils import Conv1D
 
 from sparsetrain.callbacks import PruneFinetune
+from sparsetrain.errors import SparsetrainError
 from sparsetrain.masks import MaskManager, Override, sharding
 from sparsetrain.pruning import prune
 from sparsetrain.schedules import Rounds
@@ -341,6 +342,28 @@ def fit(strategy: Strategy | None, folder: Path | None = None, resume: Path | No
     trainer.fit(model, *loaders, ckpt_path=resume)
     assert method.verification is not None
     return outcome(method.masks, model) | {"ok": method.verification.ok}
+
+
+def fit_plainly(callback: Callback, max_steps: int) -> Net:
+    """Lightning's DDP, every rank on its own half of the data; the trained model."""
+    torch.manual_seed(3)
+    model = Net()
+    seed_everything(7, verbose=False)
+    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(
+        accelerator="cpu", devices=RANKS, strategy=DDPStrategy(), callbacks=[callback], max_steps=max_steps, **silent
+    )
+    trainer.fit(model, DataLoader(data(), batch_size=4, shuffle=True), DataLoader(data(), batch_size=40))
+    return model
+
+
+def said(function: Callable[[], Any]) -> str:
+    """The error of a call, by its class and in its words."""
+    try:
+        function()
+    except SparsetrainError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def fit_ddp() -> dict[str, Any]:

@@ -8,18 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from sparsetrain.calibration import calibrate, watch
 from sparsetrain.calibration import whole as in_calibration
 from sparsetrain.callbacks import PruneFinetune
 from sparsetrain.callbacks import statistics as in_lightning
 from sparsetrain.criteria import NAMES, OBS, PLATON, Criterion, Fisher, Movement, StatisticsCriterion, Taylor
-from sparsetrain.errors import DivergedError, RecipeError, SparsetrainError
+from sparsetrain.errors import DivergedError, RecipeError
 from sparsetrain.masks import MaskManager
 from sparsetrain.pruning import prune
 from sparsetrain.schedules import Cubic, OneShot, Rounds
@@ -27,7 +25,7 @@ from sparsetrain.targets import Targets
 
 from . import ranks as on
 from .promises import same_bits
-from .ranks import RANKS, Group, ddp, fsdp
+from .ranks import RANKS, Group, ddp, fsdp, said
 from .test_resume import SaveAlways, fit
 from .toys import loaders, task, trainer
 
@@ -117,14 +115,6 @@ def kind_of(name: str) -> Any:
     return NAMES[name]
 
 
-def said(function: Callable[[], Any]) -> str:
-    try:
-        function()
-    except SparsetrainError as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
-
-
 def diverged(rank: int) -> None:
     batches = [torch.full((3, 6), torch.nan)] if rank else toy_batches()
     masks_of(Taylor, ddp, batches)
@@ -145,25 +135,10 @@ def lookahead(wrap: on.Wrap) -> dict[str, Tensor]:
 
 
 def lightning(name: str) -> dict[str, Any]:
-    """Every rank trains and measures on its own half of the data."""
-    torch.manual_seed(3)
-    model = on.Net()
-    seed_everything(7, verbose=False)
     callback = PruneFinetune(
         0.6, "unstructured", CRITERIA[name](), "uniform", Rounds(2, start="4st", every="4st"), Targets(head=True)
     )
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=RANKS,
-        strategy=DDPStrategy(),
-        callbacks=[callback],
-        max_steps=10,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(model, DataLoader(on.data(), batch_size=4, shuffle=True), DataLoader(on.data(), batch_size=40))
+    model = on.fit_plainly(callback, max_steps=10)
     assert callback.verification is not None
     return {"masks": callback.masks.masks, "weights": dict(model.state_dict()), "ok": callback.verification.ok}
 

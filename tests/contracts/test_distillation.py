@@ -306,6 +306,24 @@ def test_what_stands_in_the_padding_does_not_matter(tmp_path: Path) -> None:
         assert one == pytest.approx(other, rel=1e-4)
 
 
+def test_a_half_precision_teacher_keeps_what_the_student_keeps_in_single() -> None:
+    """Rotary frequencies stay in float32 in a model of bfloat16; a teacher that rounds them is not the student at its start."""
+    module = LanguageModel()
+    config = module.network.config.to_dict() | {"hidden_size": 64, "head_dim": 32}
+    module.network = LlamaForCausalLM(LlamaConfig(**config))
+    for parameter in module.network.parameters():
+        nn.init.normal_(parameter, std=1.0)
+        parameter.data = parameter.data.bfloat16()
+    assert module.network.model.rotary_emb.inv_freq.dtype == torch.float32
+    logged, chosen = Logged(), Distillation(copy.deepcopy(module.network).float(), hidden=1.0)
+    run = trainer(chosen, logged, max_epochs=1, log_every_n_steps=1)
+    run.fit(module, text(0))
+    assert chosen._frozen is not None
+    assert {p.dtype for p in chosen._frozen.parameters()} == {torch.bfloat16}
+    assert logged.rows[0]["train/distillation"] == logged.rows[0]["train/distillation_hidden"] == 0
+    assert logged.rows[1]["train/distillation"] > 0  # the twin: a student that has moved is told apart
+
+
 class Checkpointed(Network):
     """Activations of the blocks are computed again in the backward pass."""
 
@@ -400,3 +418,6 @@ def test_a_teacher_of_another_architecture_is_refused(tmp_path: Path) -> None:
     save_file(Net(hidden=32).state_dict(), str(tmp_path / "wide.safetensors"))
     with pytest.raises(MaskStateError, match=r"another architecture.*fc1\.weight"):
         fit(task(), distill(str(tmp_path / "wide.safetensors")))
+    save_file(Net().state_dict() | {"fc1.lora_A.default.weight": torch.ones(2, 8)}, str(tmp_path / "lora.safetensors"))
+    with pytest.raises(MaskStateError, match="holds LoRA adapters that are not merged"):
+        fit(task(), distill(str(tmp_path / "lora.safetensors")))

@@ -29,6 +29,7 @@ from sparsetrain.tasks import Classification
 
 from .promises import same_bits
 from .ranks import RANKS, Group
+from .test_resume import SaveAlways
 from .toys import TARGETS, Task, loaders, trainer
 
 PER_EPOCH = 8
@@ -389,24 +390,12 @@ def test_a_schedule_longer_than_a_round_is_told(tmp_path: Path) -> None:
 # -- resuming ---------------------------------------------------------------------------------------------------------
 
 
-class SaveAlways(Callback):
+class SaveOften(SaveAlways):
     """A checkpoint after many batches (the first and last of every epoch and round), every validation and every epoch."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def _save(self, trainer: Trainer, when: str) -> None:
-        trainer.save_checkpoint(self.folder / f"{trainer.global_step:02d}-{when}.ckpt")
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if trainer.global_step % PER_EPOCH in (0, 1, 4, 7):
-            self._save(trainer, "step")
-
-    def on_validation_end(self, trainer: Trainer, *args: Any) -> None:
-        self._save(trainer, "validation")
-
-    def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
-        self._save(trainer, "epoch")
+            super().on_train_batch_end(trainer, *args)
 
 
 def result(method: LotteryTickets, run: Trainer) -> dict[str, Any]:
@@ -431,7 +420,7 @@ def test_resume_equals_uninterrupted_from_every_checkpoint(name: str, tmp_path: 
     make, data, every = RESUMED[name]
     settings: dict[str, Any] = {"data": data, "max_epochs": 4}
     method = make()
-    whole = result(method, fit(method, tmp_path / "whole", SaveAlways(tmp_path), module=tickets_task(steps=every), **settings))
+    whole = result(method, fit(method, tmp_path / "whole", SaveOften(tmp_path), module=tickets_task(steps=every), **settings))
     assert len({change.step for change in whole["changes"]}) >= 2
     broken = {}
     for checkpoint in sorted(tmp_path.glob("*.ckpt")):
@@ -452,7 +441,7 @@ def test_resume_equals_uninterrupted_from_every_checkpoint(name: str, tmp_path: 
 def test_without_the_snapshot_resume_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, _, every = RESUMED["start"]
     method = make()
-    whole = result(method, fit(method, tmp_path, SaveAlways(tmp_path), module=tickets_task(steps=every), max_epochs=3))
+    whole = result(method, fit(method, tmp_path, SaveOften(tmp_path), module=tickets_task(steps=every), max_epochs=3))
     plain = LotteryTickets.load_method_state
 
     def amnesia(self: LotteryTickets, state: dict[str, Any]) -> None:
@@ -467,7 +456,7 @@ def test_without_the_snapshot_resume_is_another_run(tmp_path: Path, monkeypatch:
 
 def test_a_run_that_has_ended_stays_ended(tmp_path: Path) -> None:
     make, _, every = RESUMED["inside"]
-    run = fit(make(), tmp_path, SaveAlways(tmp_path), module=tickets_task(steps=every), max_epochs=4)
+    run = fit(make(), tmp_path, SaveOften(tmp_path), module=tickets_task(steps=every), max_epochs=4)
     again = fit(make(), tmp_path, module=tickets_task(steps=every), max_epochs=20, ckpt_path=tmp_path / "23-step.ckpt")
     assert again.global_step == run.global_step == 23
 

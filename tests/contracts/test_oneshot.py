@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from sparsetrain.calibration import calibrate
+from sparsetrain.calibration import calibrate, first_alone
 from sparsetrain.criteria import Criterion, Seen, SparseGPT, Wanda
 from sparsetrain.errors import (
     DataError,
@@ -95,6 +96,18 @@ class Remembers(Wanda):
         super().observe(seen)
         assert seen.input is not None
         self.inputs.setdefault(seen.tensor.name, []).append(seen.input.clone())
+
+
+class Kept(Wanda):
+    """Keeps the sums that it scores by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, Tensor] = {}
+
+    def score(self, weight: Tensor, *, name: str, step: int = 0) -> Tensor:
+        self.kept[name] = self.memory[name]["squares"][0].clone()
+        return super().score(weight, name=name, step=step)
 
 
 def hooked(model: nn.Module, names: list[str], data: list[Tensor]) -> dict[str, list[Tensor]]:
@@ -208,13 +221,13 @@ def test_nothing_is_computed_whose_output_nobody_needs() -> None:
     prune_oneshot(MaskManager(model, pattern="2:4"), windows(6), criterion=Counts(), streaming=Streaming(batch=2))
     # 4 batches a block, the first sample by itself: q stands for k and v, gate for up
     assert observed == {"q_proj": 12, "o_proj": 12, "gate_proj": 12, "down_proj": 12}
-    # once to look at the model; then all four, and again with the pruned block; after the last block only the first, and so
-    # with what the last layer makes of its input before pruning
+    # twice one sample, to look at the model; then all four, and again with the pruned block; after the last block only the
+    # first, and so with what the last layer makes of its input before pruning
     assert ran == {
-        **{f"{block}.mlp.gate_proj": 1 + 4 + 4 for block in BLOCKS[:2]},
-        f"{BLOCKS[2]}.mlp.gate_proj": 1 + 4 + 1,
-        **{f"{block}.mlp.down_proj": 1 + 1 + 4 for block in BLOCKS[:2]},
-        f"{BLOCKS[2]}.mlp.down_proj": 1 + 1 + 1,
+        **{f"{block}.mlp.gate_proj": 2 + 4 + 4 for block in BLOCKS[:2]},
+        f"{BLOCKS[2]}.mlp.gate_proj": 2 + 4 + 1,
+        **{f"{block}.mlp.down_proj": 2 + 1 + 4 for block in BLOCKS[:2]},
+        f"{BLOCKS[2]}.mlp.down_proj": 2 + 1 + 1,
         "lm_head": 1,
     }
 
@@ -300,6 +313,129 @@ def test_layers_that_share_their_input_only_sometimes_are_measured_each_for_itse
     assert torch.equal(torch.cat(seen.inputs["0.b.weight"][-3:]), torch.cat([data[0], 2 * data[1]]))
 
 
+class Chosen(nn.Module):
+    """Its second layer is called only for some samples: not for the first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.seldom = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.always(x))
+        picked = x[:, 0] > 0
+        return y + torch.zeros_like(y).index_put((picked,), self.seldom(x[picked])) if bool(picked.any()) else y
+
+
+class Repeated(nn.Module):
+    """Calls its layer as often as the input is long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, states = torch.zeros(len(x), 4), []
+        for now in x.unbind(1):
+            state = torch.tanh(self.cell(state + now))
+            states.append(state)
+        return torch.stack(states, 1)
+
+
+class Overwritten(nn.Module):
+    """Its second layer is given the same tensor as the first, written to in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        return torch.tanh(self.a(x) + self.b(F.relu_(x)))
+
+
+class Late(nn.Module):
+    """Its second layer is given what the first is given, but is not called for the first sample, which goes alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def calls(self, x: Tensor) -> bool:
+        return len(x) > 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.a(x))
+        return y + self.b(x) if self.calls(x) else y
+
+
+class Leaves(Late):
+    """Its second layer is called for the first sample alone."""
+
+    def calls(self, x: Tensor) -> bool:
+        return len(x) == 1
+
+
+class Unlike(nn.Module):
+    """Two layers that are given the same tensor and multiply other dimensions of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Conv1d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.a(x) + self.b(x))
+
+
+SIGNS = torch.tensor([-1.0, 1.0, 1.0, -1.0, 1.0]).view(5, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (Chosen, [SIGNS * torch.rand(5, 4, generator=torch.Generator().manual_seed(1))]),
+        (Repeated, [torch.randn(2, n, 4, generator=torch.Generator().manual_seed(n)) for n in (2, 5, 3)]),
+        (Overwritten, [torch.randn(5, 4, generator=torch.Generator().manual_seed(2))]),
+        (Late, [torch.randn(5, 4, generator=torch.Generator().manual_seed(3))]),
+        (Leaves, [torch.randn(5, 4, generator=torch.Generator().manual_seed(4))]),
+        (Unlike, [torch.randn(5, 4, 4, generator=torch.Generator().manual_seed(5))]),
+    ],
+)
+def test_layers_are_measured_on_all_they_are_given_whatever_the_first_sample_did(kind: Any, data: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(), kind())
+    dense, expected = copy.deepcopy(model[0]), dict[str, Tensor]()
+
+    def note(layer: nn.Module, args: Any, name: str) -> None:
+        features = args[0].detach().movedim(1, -1) if isinstance(layer, nn.Conv1d) else args[0].detach()
+        expected[name] = expected.get(name, torch.zeros(4)) + features.flatten(0, -2).square().sum(0)
+
+    for name, layer in dense.named_children():
+        layer.register_forward_pre_hook(lambda layer, args, name=name: note(layer, args, name))
+    for batch in first_alone(data):
+        dense(batch)
+    criterion = Kept()
+    prune_oneshot(MaskManager(model), data, 0.5, criterion=criterion, streaming=Streaming(batch=5))
+    for name, squares in expected.items():
+        torch.testing.assert_close(criterion.kept[f"0.{name}.weight"], squares)
+
+
+def test_sums_are_wide_in_a_model_that_runs_in_half_precision() -> None:
+    class Grams(Kept):
+        def observe(self, seen: Seen) -> None:
+            assert seen.input is not None
+            x = seen.input.float().flatten(0, -2)
+            self.add(seen.tensor.name, squares=(x.T @ x).diagonal()[None])
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    x, criterion = torch.full((300, 4), 1.0), Grams()
+    x[:, 0] = 1.0 + 2**-6  # exact in bfloat16, its square and their sum are not
+    with torch.autocast("cpu", torch.bfloat16):
+        prune_oneshot(
+            MaskManager(model, Targets(include=("0",))), [x], 0.5, criterion=criterion, streaming=Streaming(batch=300)
+        )
+    assert criterion.kept["0.weight"].tolist() == [300 * (1 + 2**-6) ** 2, 300.0, 300.0, 300.0]
+
+
 # -- patterns, allocations, models ------------------------------------------------------------------------------------------
 
 
@@ -377,6 +513,19 @@ def test_masks_that_are_there_are_kept_and_made_sparser() -> None:
     assert manager.sparsity() == 0.5
 
 
+def test_masks_of_experts_are_kept_expert_by_expert() -> None:
+    manager = MaskManager(copy.deepcopy(_MIXTRAL), Targets(include=("experts",)), "unstructured")
+    prune(manager, 0.25)
+    before = {name: mask.clone() for name, mask in manager.masks.items()}
+    # 45 % of 256 and of 128 weights an expert is no whole number; of four it is 460.8 and 230.4
+    prune_oneshot(manager, windows(), 0.45, criterion="sparsegpt")
+    assert all(not bool((manager.masks[name] & ~mask).any()) for name, mask in before.items())
+    for name, mask in manager.masks.items():
+        lost = [int((~part).sum()) for part in mask]
+        assert sum(lost) == (460 if "gate_up" in name else 230)
+        assert max(lost) - min(lost) <= 1
+
+
 # -- mixture of experts -----------------------------------------------------------------------------------------------------
 
 
@@ -412,14 +561,19 @@ def test_experts_are_measured_one_by_one(monkeypatch: pytest.MonkeyPatch) -> Non
                 torch.testing.assert_close(criterion.memory[f"{name}[{index}]"]["squares"][0], expected)
 
 
-@pytest.mark.parametrize(("criterion", "pattern"), [("wanda", "2:4"), ("sparsegpt", "2:4"), ("sparsegpt", "unstructured")])
-def test_experts_that_no_token_reached_are_told_and_pruned_by_magnitude(criterion: str, pattern: str) -> None:
+def with_idle_experts() -> MixtralForCausalLM:
+    """In the first layer expert 3 always comes last of four, and two are taken."""
     model = copy.deepcopy(_MIXTRAL)
     with torch.no_grad():
-        # the router of the first layer: expert 3 always comes last
         model.model.layers[0].mlp.gate.weight[3] = 0
         model.model.layers[0].mlp.gate.weight[:3, 0] = 5
         model.model.embed_tokens.weight[:, 0] = 3
+    return model
+
+
+@pytest.mark.parametrize(("criterion", "pattern"), [("wanda", "2:4"), ("sparsegpt", "2:4"), ("sparsegpt", "unstructured")])
+def test_experts_that_no_token_reached_are_told_and_pruned_by_magnitude(criterion: str, pattern: str) -> None:
+    model = with_idle_experts()
     before = model.model.layers[0].mlp.experts.gate_up_proj.detach().clone()
     manager = MaskManager(model, pattern=pattern)
     report = prune_oneshot(manager, windows(), 0.5, criterion=criterion)
@@ -435,6 +589,35 @@ def test_experts_that_no_token_reached_are_told_and_pruned_by_magnitude(criterio
     prune(by_size, 0.5)
     assert torch.equal(manager.masks[name][3], by_size.masks["weight"])
     torch.testing.assert_close(model.get_parameter(name)[3], lone.weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block:4x4"])
+def test_experts_that_no_token_reached_are_not_the_first_to_go(pattern: str) -> None:
+    """Compared with the others they count as an average one; all are equally large."""
+    model = with_idle_experts()
+    manager = MaskManager(model, pattern=pattern)
+    report = prune_oneshot(manager, windows(), 0.5)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    lost = [float((~part).float().mean()) for part in manager.masks[name]]
+    idle = [lost[i] for i in range(4) if f"{name}[{i}]" in report.unseen]
+    assert 0 < len(idle) < 4
+    assert all(0.1 < share < 0.6 for share in idle)
+
+
+def test_a_solver_prunes_as_many_blocks_of_each_expert_and_refuses_units_that_reach_over_several() -> None:
+    model = copy.deepcopy(_MIXTRAL)
+    manager = MaskManager(model, pattern="block:4x4")
+    prune_oneshot(manager, windows(), 0.45, criterion="sparsegpt")
+    assert manager.verify(strict=True).ok
+    mask = manager.masks["model.layers.0.mlp.experts.gate_up_proj"]  # 4 experts of 16 blocks: 28 of 64 go
+    assert [int((~part).sum()) // 16 for part in mask] == [7, 7, 7, 7]
+    for pattern in ("channels", "block:3x4"):
+        model = copy.deepcopy(_MIXTRAL)
+        manager = MaskManager(model, pattern=pattern)
+        with pytest.raises(RecipeError, match=rf"experts\.gate_up_proj: SparseGPT prunes its 4 experts one by one.*{pattern}"):
+            prune_oneshot(manager, windows(), 0.45, criterion="sparsegpt")
+        same_bits(_MIXTRAL.state_dict(), model.state_dict())
+        assert not manager.masks
 
 
 def test_fused_experts_keep_their_zeros_and_are_saved_and_adopted() -> None:
@@ -509,6 +692,7 @@ def test_a_kill_at_any_block_changes_nothing(block: int, where: str, inputs: Any
     resumed, manager, again = pruned(work=tmp_path, **options)
     same_bits(whole.state_dict(), resumed.state_dict())
     same_bits(expected.masks, manager.masks)
+    assert manager.changes == expected.changes
     assert [(r.name, r.actual, r.error) for r in again.rows] == [(r.name, r.actual, r.error) for r in report.rows]
     assert manager.verify(strict=True).ok
 
@@ -529,6 +713,9 @@ def test_a_resumed_run_does_not_do_the_work_again(tmp_path: Path, monkeypatch: p
         ({"streaming": Streaming(batch=3)}, "another batch"),
         ({"criterion": Wanda(batches=3)}, "another criterion"),
         ({"pattern": "4:8"}, "another targets"),
+        ({"streaming": Streaming(inputs="dense")}, "another inputs"),
+        ({"streaming": Streaming(dtype="bfloat16")}, "another dtype"),
+        ({"sparsity": 0.5}, "another sparsity"),
     ],
 )
 def test_a_folder_of_another_run_is_refused(change: dict[str, Any], says: str, tmp_path: Path) -> None:
@@ -538,6 +725,25 @@ def test_a_folder_of_another_run_is_refused(change: dict[str, Any], says: str, t
     _, manager, _ = pruned()
     with pytest.raises(RecipeError, match="another weights"):
         prune_oneshot(manager, windows(), work=tmp_path)
+
+
+def test_another_allocation_or_other_masks_are_another_run(tmp_path: Path) -> None:
+    pruned(0.6, "unstructured", work=tmp_path)
+    with pytest.raises(RecipeError, match="another allocation"):
+        pruned(0.6, "unstructured", work=tmp_path, allocation="erk")
+    manager = MaskManager(llama(), pattern="unstructured")
+    first = next(iter(manager))
+    with torch.no_grad():  # masks of the same zeros, but for a weight that was zero before
+        first.target.parameter[0, 0] = 0
+    prune_oneshot(manager, windows(), 0.6, work=tmp_path / "other")
+    again = MaskManager(llama(), pattern="unstructured")
+    with torch.no_grad():
+        next(iter(again)).target.parameter[0, 0] = 0
+    mask = torch.ones(first.target.shape, dtype=torch.bool)
+    mask[0, 0] = False
+    again.install(first.name, mask, Fraction(1, mask.numel()))
+    with pytest.raises(RecipeError, match="another masks"):
+        prune_oneshot(again, windows(), 0.6, work=tmp_path / "other")
 
 
 def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
@@ -564,6 +770,10 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
         ({"allocation": "owl"}, RecipeError, "2:4"),
         ({"pattern": "neurons", "sparsity": 0.5, "criterion": "sparsegpt"}, RecipeError, "neurons"),
         ({"pattern": "unstructured"}, PatternError, "how sparse"),
+        ({"pattern": "unstructured", "sparsity": 0.0}, RecipeError, "sparsity 0: nothing would be pruned"),
+        ({"data": torch.zeros(6, 12).long()}, DataError, r"is given one Tensor and not several batches.*\[batch\]"),
+        ({"data": {"input_ids": torch.zeros(6, 12).long()}}, DataError, r"is given one dict"),
+        ({"work": __file__}, RecipeError, r"work='.*test_oneshot\.py' cannot be a folder"),
     ],
 )
 def test_refused_before_anything_is_changed(options: dict[str, Any], error: type[SparsetrainError], says: str) -> None:
@@ -576,7 +786,7 @@ def test_refused_before_anything_is_changed(options: dict[str, Any], error: type
     assert not manager.masks
 
 
-@pytest.mark.parametrize("wrong", [{"batch": 0}, {"inputs": "both"}, {"dtype": "bf16"}, {"offload": "gpu"}])
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"batch": 2.5}, {"inputs": "both"}, {"dtype": "bf16"}, {"offload": "gpu"}])
 def test_settings_that_are_none(wrong: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=next(iter(wrong))):
         Streaming(**wrong)
@@ -594,6 +804,9 @@ def test_weights_that_are_not_finite_and_zeros_that_are_no_masks() -> None:
     with pytest.raises(DivergedError, match=r"layers\.2\.mlp\.up_proj\.weight holds NaN"):
         prune_oneshot(MaskManager(model, pattern="2:4"), windows())
     model = llama()
+    prune(MaskManager(model, pattern="unstructured"), 0.03)
+    with pytest.raises(PatternError, match=r"3% zero already"):
+        prune_oneshot(MaskManager(model, pattern="2:4"), windows())
     prune(MaskManager(model, pattern="unstructured"), 0.5)
     with pytest.raises(PatternError, match=r"50% zero already.*MaskManager\.adopt.*from the dense weights"):
         prune_oneshot(MaskManager(model, pattern="2:4"), windows())
@@ -648,13 +861,27 @@ def test_layers_that_see_nothing(given: float | None, error: type[SparsetrainErr
     assert manager.verify(strict=True).ok
 
 
+def test_what_stays_dense_by_an_override_is_not_measured() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Idle(None), Idle(None))
+    seen, manager = Remembers(), MaskManager(model, Targets(head=True), "2:4", {"other|1.used": Override(sparsity=0.0)})
+    report = prune_oneshot(manager, [torch.randn(2, 4)], criterion=seen)
+    assert seen.inputs.keys() == {"0.used.weight"}
+    assert {row.name: row.actual for row in report.rows} == {
+        "0.used.weight": 0.5,
+        **dict.fromkeys(("0.other.weight", "1.used.weight", "1.other.weight"), 0.0),
+    }
+
+
 def test_attention_in_one_piece_is_refused_by_name() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False)
     with pytest.raises(RecipeError, match=r"self_attn\.in_proj_weight.*MultiheadAttention does not show.*exclude"):
         prune_oneshot(MaskManager(model, pattern="2:4"), [torch.randn(2, 3, 8)])
-    manager = MaskManager(model, Targets(exclude=("self_attn",)), "2:4")
-    report = prune_oneshot(manager, [torch.randn(2, 3, 8)])
-    assert report.blocks == ["layers.0", "layers.1"]
+    for manager in (
+        MaskManager(model, pattern="2:4", overrides={"self_attn": Override(sparsity=0.0)}),
+        MaskManager(copy.deepcopy(model), Targets(exclude=("self_attn",)), "2:4"),
+    ):
+        assert prune_oneshot(manager, [torch.randn(2, 3, 8)]).blocks == ["layers.0", "layers.1"]
 
 
 def test_the_report_reads_and_is_written(tmp_path: Path) -> None:
@@ -664,6 +891,13 @@ def test_the_report_reads_and_is_written(tmp_path: Path) -> None:
     assert report.blocks == BLOCKS
     report.to_json(tmp_path / "report.json")
     assert '"samples": 6' in (tmp_path / "report.json").read_text()
+
+
+def test_what_had_to_be_done_to_a_matrix_is_in_the_report() -> None:
+    with pytest.warns(UserWarning, match="damp 1e-10 raised to"):
+        _, _, report = pruned(criterion=SparseGPT(damp=1e-10), data=windows(1, 4))  # 4 tokens, 16 inputs
+    assert all(row.note.startswith("damp 1e-10 raised to") for row in report.rows)
+    assert not any(row.note for row in pruned(criterion="sparsegpt")[2].rows)
 
 
 def test_any_criterion_of_ones_own() -> None:

@@ -9,21 +9,21 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from sparsetrain.calibration import layers as in_layers
 from sparsetrain.callbacks.oneshot import OneShotPruning
 from sparsetrain.criteria import SparseGPT, Wanda
-from sparsetrain.errors import DataError, DivergedError, PatternError, RecipeError, SparsetrainError
+from sparsetrain.errors import DataError, DivergedError, PatternError, RecipeError
 from sparsetrain.masks import MaskManager
 from sparsetrain.oneshot import Streaming, prune_oneshot
 from sparsetrain.targets import Targets
+from tests.unit.test_calibration import Manual, Measured, Stream
 
 from . import ranks as on
 from .promises import same_bits, zeros_of
-from .ranks import RANKS, Group
+from .ranks import RANKS, Group, said
 from .test_resume import SaveAlways, Trace
 from .toys import TARGETS, Reader, Task, loaders, task, trainer
 
@@ -96,6 +96,10 @@ def test_masks_are_seen_from_the_first_batch_to_the_last_and_through_a_second_fi
     other = task(seed=5)
     trainer(method, max_epochs=1).fit(other, *loaders())  # another model is pruned anew
     assert zeros_of([other.net.get_parameter(n) for n in TARGETS]) == [64, 128]
+    third = task(seed=6)
+    method.use(third, MaskManager(third, pattern="2:4"))  # so it is with a manager that was given
+    trainer(method, max_epochs=1).fit(third, *loaders())
+    assert zeros_of([third.net.get_parameter(n) for n in TARGETS]) == [64, 128]
 
 
 def test_training_up_to_the_change_is_the_same_with_any_criterion() -> None:
@@ -109,11 +113,74 @@ def test_training_up_to_the_change_is_the_same_with_any_criterion() -> None:
     assert torch.equal(weight("magnitude"), weight("sparsegpt"))
 
 
+class Noisy(Dataset[Any]):
+    """Samples that are others every time."""
+
+    def __init__(self) -> None:
+        self.plain: Any = loaders()[0].dataset
+
+    def __len__(self) -> int:
+        return len(self.plain)
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = self.plain[index]
+        return x + torch.randn_like(x), y
+
+
+class Draws(Callback):
+    """Takes from torch's stream before training begins, and reads it when the method is done with a step."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.states: list[Tensor] = []
+
+    def on_fit_start(self, *args: Any) -> None:
+        torch.rand(self.count)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.states.append(torch.get_rng_state())
+
+
+def test_what_is_measured_depends_on_the_seed_alone_and_moves_no_stream() -> None:
+    def measured(count: int, start: str) -> tuple[dict[str, Tensor], Draws]:
+        method, draws = OneShotPruning(0.5, criterion=Wanda(batches=1), start=start), Draws(count)
+        seed_everything(7, verbose=False)
+        trainer(method, draws, max_epochs=1).fit(task(), DataLoader(Noisy(), batch_size=4), loaders()[1])
+        return {n: m.view(torch.uint8) for n, m in method.masks.masks.items()}, draws
+
+    (first, _), (second, _) = measured(0, "0st"), measured(3, "0st")
+    same_bits(first, second)
+    early, late = measured(0, "3st")[1], measured(0, "6st")[1]
+    assert all(torch.equal(one, other) for one, other in zip(early.states, late.states, strict=True))
+
+
+def test_measuring_is_no_training_step() -> None:
+    torch.manual_seed(0)
+    module, method = Measured(), OneShotPruning(0.5, criterion=Wanda(batches=2), start="5st")
+    trainer(method, max_epochs=1).fit(module, *loaders())
+    assert module.logged == [(8, 32)]  # 8 batches of 4, whatever was measured
+    assert "log" not in module.__dict__
+
+
+@pytest.mark.filterwarnings("ignore:.*`__len__` could be inaccurate")
+def test_data_that_cannot_be_read_apart_from_training_is_refused_before_training() -> None:
+    manual, streamed, (train, validation) = Manual(), task(), loaders()
+    for module, data, error, says in (
+        (manual, train, RecipeError, r"Wanda runs training_step.*Manual steps its optimizers itself"),
+        (streamed, DataLoader(Stream(), batch_size=4), DataError, r"apart from training.*DataLoader"),
+    ):
+        before = module.net.fc1.weight.detach().clone()
+        with pytest.raises(error, match=says):
+            trainer(OneShotPruning(0.5, start="5st")).fit(module, data, validation)
+        assert torch.equal(before, module.net.fc1.weight)
+
+
 def test_what_cannot_work_is_refused_when_it_is_set_up() -> None:
     for method, says in [
         (OneShotPruning(0.5, criterion="taylor"), "needs gradients"),
         (OneShotPruning(0.5, pattern="neurons", criterion="sparsegpt"), "neurons"),
         (OneShotPruning(0.0), "nothing would be pruned"),
+        (OneShotPruning(pattern="2:4", allocation="erk"), "2:4 always has sparsity 0.5, ERK"),
     ]:
         module = task()
         with pytest.raises(RecipeError, match=says):
@@ -173,32 +240,10 @@ CASES = [("wanda", "uniform"), ("wanda", "global"), ("sparsegpt", "uniform")]
 
 
 def lightning(rank: int) -> dict[str, Any]:
-    torch.manual_seed(3)
-    model = on.Net()
-    seed_everything(7, verbose=False)
     callback = OneShotPruning(0.5, criterion=Wanda(batches=2), start="2st")
-    run = Trainer(
-        accelerator="cpu",
-        devices=RANKS,
-        strategy=DDPStrategy(),
-        callbacks=[callback],
-        max_steps=4,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    run.fit(model, DataLoader(on.data(), batch_size=4, shuffle=True), DataLoader(on.data(), batch_size=40))
+    model = on.fit_plainly(callback, max_steps=4)
     assert callback.report is not None
     return {"masks": callback.masks.masks, "weights": dict(model.state_dict()), "samples": callback.report.samples}
-
-
-def said(function: Callable[[], Any]) -> str:
-    try:
-        function()
-    except SparsetrainError as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def work(folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from sparsetrain.callbacks import KeepMasks, PruneFinetune
+from sparsetrain.callbacks.sparse_lora import SparseLoRA
 from sparsetrain.checkpoints import matching, read_weights, require_merged, unwrapped
 from sparsetrain.errors import MaskStateError, PatternError
 from sparsetrain.masks import MaskManager
@@ -118,6 +119,26 @@ def test_zeros_of_another_pattern_are_refused(method: Any, tmp_path: Path) -> No
     with pytest.raises(PatternError, match=r"net\.fc1\.weight: its 64 zeros are no 2:4 pattern: the weight at .* and is not"):
         begin(path, method)
     assert path.read_bytes() == before
+
+
+def test_zeros_that_nobody_keeps_are_told() -> None:
+    """A head that somebody pruned is no target by default; a model that was pruned further since has zeros beyond its masks."""
+    module, method = task(), KeepMasks("2:4")
+    prune(MaskManager(module, pattern="2:4"))
+    with torch.no_grad():
+        module.net.head.weight[:, ::2] = 0
+    with pytest.warns(UserWarning, match=r"50% of net\.head\.weight are zeros that no mask keeps.*targets\.head: true"):
+        trainer(method, max_epochs=1).fit(module, *loaders())
+    assert int((module.net.head.weight == 0).sum()) == 0  # as it said
+    trainer(method, max_epochs=1).fit(module, *loaders())
+    prune(MaskManager(module), 0.75)
+    with pytest.warns(UserWarning, match=r"25% of net\.fc[12]\.weight are zeros that no mask keeps.*pruned further"):
+        trainer(method, max_epochs=1).fit(module, *loaders())
+    prune(MaskManager(module), 0.75)
+    lora = SparseLoRA(rank=2, pattern="2:4")
+    lora.use(module, method.masks)
+    with pytest.warns(UserWarning, match=r"25% of net\.fc[12]\.weight are .* and adapters fill them .*pruned further"):
+        trainer(lora, max_epochs=1).fit(module, *loaders())
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

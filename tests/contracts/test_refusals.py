@@ -11,11 +11,12 @@ from lightning.pytorch import Callback
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from sparsetrain.callbacks import PruneFinetune, Recovery
+from sparsetrain.callbacks import KeepMasks, PruneFinetune, Recovery
 from sparsetrain.errors import PatternError, RecipeError, TargetError
-from sparsetrain.masks import MaskManager
+from sparsetrain.masks import MaskManager, Override
 from sparsetrain.pruning import prune
 from sparsetrain.schedules import OneShot, Rounds
+from sparsetrain.targets import Targets
 
 from .promises import same_bits
 from .toys import Task, loaders, task, trainer
@@ -51,6 +52,20 @@ def test_the_zeros_of_a_model_can_be_kept_from_the_start() -> None:
     trainer(method).fit(module, *loaders())
     assert int(torch.count_nonzero(module.net.fc1.weight[:2])) == 0
     assert all(change.grew == 0 for change in method.masks.changes)
+
+
+def test_a_method_and_its_ready_manager_say_the_same() -> None:
+    module = task()
+    manager = MaskManager(module, Targets(exclude=("fc2",)), "unstructured:row")
+    with pytest.raises(PatternError, match=r"asked for pattern neurons, and its manager has unstructured:row"):
+        PruneFinetune(0.6, pattern="neurons").use(module, manager)
+    with pytest.raises(PatternError, match=r"which are not the targets of its manager"):
+        PruneFinetune(0.6, targets=Targets(head=True)).use(module, manager)
+    with pytest.raises(PatternError, match=r"overrides \(fc1\), which its manager knows nothing of"):
+        KeepMasks(overrides={"fc1": Override(sparsity=0.3)}).use(module, manager)
+    method = PruneFinetune(0.6, pattern="unstructured:row", targets=Targets(exclude=("fc2",)))
+    assert method.use(module, manager) is manager
+    assert PruneFinetune(0.6).use(module, manager) is manager  # it did not ask for anything else
 
 
 def test_a_replaced_layer_is_noticed() -> None:

@@ -28,7 +28,7 @@ from sparsetrain.targets import Targets
 
 from .promises import assert_pattern, same_bits, zeros_of
 from .test_resume import STEPS, SaveAlways, Trace
-from .toys import TARGETS, Task, loaders, task, trainer, weights
+from .toys import TARGETS, Int8Linear, Task, loaders, task, trainer, weights
 
 PATTERNS = {"unstructured": 0.75, "2:4": 0.5, "neurons": 0.25}
 
@@ -156,6 +156,7 @@ def test_a_second_fit_starts_new_adapters_from_the_merged_weights() -> None:
     assert zeros_of(twice.values()) == zeros_of(once.values()) == [64, 128]
     assert not torch.equal(once["fc1.weight"], twice["fc1.weight"])
     assert list(module.state_dict()) == list(task().state_dict())
+    module.load_state_dict(task().state_dict())  # nothing is left that listens
 
 
 def test_adapters_can_stay_and_be_saved(tmp_path: Path) -> None:
@@ -186,6 +187,38 @@ def test_under_ddp_it_is_the_same_run(tmp_path: Path) -> None:
     alone = pruned()
     fit(alone, method())
     same_bits(alone.state_dict(), module.state_dict())
+    assert zeros_of(weights(module).values()) == [64, 128]
+
+
+class Reads(nn.Module):
+    """One layer is called, of the other only the weight is read, as WavLM's attention and Mamba's fast path do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(F.linear(self.fc1(x), self.fc2.weight))
+        return logits
+
+
+def test_an_adapter_that_never_moved_is_told() -> None:
+    module = task()
+    module.net = Reads()  # type: ignore[assignment]
+    prune(MaskManager(module, pattern="2:4"))
+    with pytest.warns(UserWarning, match=r"the adapter of net\.fc2 and 0 others never moved"):
+        fit(module, method(), max_epochs=1)
+
+
+def test_the_best_checkpoint_can_be_merged_instead_of_the_last(tmp_path: Path) -> None:
+    module, chosen = pruned(), method(merge=False)
+    run = fit(module, chosen, SaveAlways(tmp_path))
+    early = torch.load(tmp_path / "06-step.ckpt", weights_only=True)["state_dict"]
+    assert not torch.equal(early["net.fc1.lora_A.default.weight"], module.state_dict()["net.fc1.lora_A.default.weight"])
+    run.validate(module, loaders()[1], ckpt_path=tmp_path / "06-step.ckpt", verbose=False, weights_only=True)
+    same_bits(early, module.state_dict())
+    assert chosen.adapters is not None
+    chosen.adapters.merge()
     assert zeros_of(weights(module).values()) == [64, 128]
 
 
@@ -244,20 +277,6 @@ def test_a_merged_checkpoint_is_no_place_to_resume(tmp_path: Path) -> None:
 
 
 # -- quantized --------------------------------------------------------------------------------------------------------
-
-
-class Int8Linear(nn.Linear):
-    """A stand-in for a quantized layer: the weight is an int8 buffer, dequantized in the forward pass."""
-
-    def __init__(self, source: nn.Linear) -> None:
-        super().__init__(source.in_features, source.out_features)
-        scale = source.weight.detach().abs().max() / 127
-        del self.weight
-        self.register_buffer("weight", (source.weight.detach() / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
 
 
 def quantized(folder: Path) -> tuple[Task, str]:

@@ -33,6 +33,21 @@ class Net(nn.Module):
         return logits
 
 
+class Int8Linear(nn.Linear):
+    """A stand-in for a quantized layer: the weight is an int8 buffer, dequantized in the forward pass."""
+
+    def __init__(self, source: nn.Linear) -> None:
+        super().__init__(source.in_features, source.out_features)
+        scale = source.weight.detach().abs().max() / 127
+        del self.weight
+        self.register_buffer("weight", (source.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = source.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
 def adamw(parameters: Any) -> Optimizer:
     return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
 

@@ -118,6 +118,8 @@ def test_blocks_are_found_by_structure() -> None:
     assert find_layers(gpt2) == ["transformer.h.0", "transformer.h.1"]
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2))
     assert find_layers(t5) == ["encoder.block.0", "encoder.block.1"]
+    experts = nn.ModuleList(nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(5)) for _ in range(3))
+    assert find_layers(nn.ModuleDict({"layers": experts})) == ["layers.0", "layers.1", "layers.2"]  # longer, but inside
     with pytest.raises(TargetError, match="no list of like blocks"):
         find_layers(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     tokens = torch.arange(4)[None]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparsetrain.allocation import NAMES, Global, Share, Uniform, get_allocation
+from sparsetrain.criteria import Criterion
 from sparsetrain.errors import PatternError, RecipeError
 from sparsetrain.masks import MaskManager, Override
 from sparsetrain.patterns import NM, Block, Pattern, Slices, UnitPattern, Unstructured, parse_pattern
@@ -227,3 +228,19 @@ def test_a_sparse_mask_is_true_where_alive() -> None:
     prune(manager, 0.34)
     assert manager.masks["weight"].tolist() == [[True, False, True]]
     assert model.weight.tolist() == [[3.0, 0.0, 2.0]]
+
+
+def test_what_is_pruned_counts_as_pruned_whatever_its_zero_would_score() -> None:
+    class AsItIs(Criterion):
+        def score(self, weight: Tensor, *, name: str, step: int = 0) -> Tensor:
+            return weight
+
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[-4.0, -3.0], [-2.0, 5.0]]))
+        model[1].weight.copy_(torch.tensor([[-1.0, 2.0], [3.0, 4.0]]))
+    manager = MaskManager(model, Targets(head=True))
+    prune(manager, 0.25, criterion=AsItIs(), allocation="global")
+    assert [dead for dead, _ in manager.counts().values()] == [2, 0]
+    prune(manager, 0.375, criterion=AsItIs(), allocation="global")  # -2 is next, though two zeros are not less
+    assert [dead for dead, _ in manager.counts().values()] == [3, 0]

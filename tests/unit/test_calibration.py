@@ -8,6 +8,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, seed_everything
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
+from transformers import BatchEncoding
 from transformers.pytorch_utils import Conv1D
 
 from sparsetrain.calibration import calibrate, first_alone, rebatch, samples, watch
@@ -295,6 +297,12 @@ def test_batches_are_cut_and_put_together_in_order() -> None:
     assert [tuple(b["ids"].shape) for b in rebatch(words, 4)] == [(2, 3), (1, 4)]  # lengths differ
     uneven = (torch.zeros(3, 2), torch.zeros(2))
     assert rebatch([uneven], 2)[0] is uneven  # nobody says how many samples these are
+    kind = BatchEncoding({"ids": torch.zeros(2, 3)})  # read as `kind.ids`
+    assert [(b.ids.shape[0], type(b)) for b in rebatch([kind, kind], 4)] == [(4, BatchEncoding)]
+    assert [b.ids.shape[0] for b in rebatch([kind], 1)] == [1, 1]
+    assert kind.ids.shape[0] == 2
+    arrays = [{"ids": torch.zeros(1, 2), "note": np.zeros(2)} for _ in range(2)]
+    assert len(rebatch(arrays, 2)) == 2  # who knows whether they are the same
     assert first_alone([]) == []
 
 

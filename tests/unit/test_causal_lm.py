@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch import multiprocessing as mp
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
@@ -21,18 +22,9 @@ from sparsetrain.tasks import CausalLM, Perplexity, SequenceClassification, perp
 from sparsetrain.tasks.perplexity import next_token_loss
 from tests.contracts.promises import same_bits
 from tests.contracts.ranks import RANKS, _rank
+from tests.contracts.test_architectures import CASES, build
+from tests.recipes.llama import LLAMA
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 258,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-}
 BERT: dict[str, Any] = {
     "model_type": "bert",
     "vocab_size": 258,
@@ -133,6 +125,28 @@ def test_perplexity_leaves_the_model_as_it_was_and_refuses_nothing_to_predict() 
             perplexity(module, ids, window, stride)
     with pytest.raises(DataError, match="window=1"):
         perplexity(module, torch.arange(9), window=1)
+
+
+def test_perplexity_leaves_what_was_frozen_in_eval_mode_and_can_be_infinite(tmp_path: Path) -> None:
+    module = llama().train()
+    module.network.model.layers[0].eval()
+    modes = [part.training for part in module.modules()]
+    perplexity(module, torch.arange(20), window=8)
+    save_pretrained(module, tmp_path / "out")
+    assert [part.training for part in module.modules()] == modes
+    # exp(710) is more than a float can hold, exp(700) is not.
+    for size, want in ((710, math.inf), (700, math.exp(700))):
+        sure = Bigram([[1.0, 1.0], [1.0, 1.0]])
+        with torch.no_grad():
+            sure.table.copy_(torch.tensor([[0.0, size], [0.0, size]]))
+        assert perplexity(sure, torch.zeros(9, dtype=torch.int64), window=4) == pytest.approx(want)
+
+
+def test_ids_of_another_tokenizer_and_windows_beyond_the_positions_are_refused() -> None:
+    with pytest.raises(DataError, match="the embedding of LlamaForCausalLM 258: they do not belong"):
+        perplexity(llama(), torch.tensor([1, 258, 3]), window=8)
+    with pytest.raises(DataError, match="longer than the 64 positions"):
+        perplexity(llama(), torch.arange(100), window=65)
 
 
 def test_the_shift_and_what_is_not_predicted() -> None:
@@ -304,9 +318,14 @@ def test_a_saved_folder_is_a_stock_model_with_its_zeros_and_its_tokenizer(tmp_pa
     again = CausalLM(model=str(tmp_path / "out"))
     same_bits(again.state_dict(), module.state_dict())
     assert all(part.training for part in again.modules())
-    # bfloat16 stays what it is
+    # bfloat16 stays what it is, though rounding the model has rounded its rotary frequencies, which no folder holds
+    for weight in module.network.parameters():
+        nn.init.normal_(weight)
     save_pretrained(module.network.bfloat16(), tmp_path / "half")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert stock.dtype == torch.bfloat16
+    ids = torch.arange(40)[None]
+    assert not torch.equal(stock(ids).logits, module.eval()(ids))
 
 
 def test_nothing_is_written_or_overwritten_when_the_folder_would_not_be_the_model(
@@ -348,6 +367,73 @@ def test_what_is_no_model_of_transformers_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="CausalLM holds no model of transformers"):
         save_pretrained(CausalLM(network=Bigram(CHAIN)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["T5", "ViT", "Whisper"])
+def test_models_that_take_more_than_a_text_are_verified_too(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build(next(case for case in CASES if case.name == name))
+    save_pretrained(network, tmp_path / "out")
+    same_bits(network.state_dict(), type(network).from_pretrained(tmp_path / "out").state_dict())
+    monkeypatch.setattr(network, "forward", lambda input_values: None)  # a model of something else
+    with pytest.raises(RecipeError, match=r"cannot be run on a random \w+, .*use its own save_pretrained"):
+        save_pretrained(network, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_would_be_lost_by_overwriting_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/thesis.txt").write_text("all of it")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match=r"holds something that is no model \(no config.json\)"):
+        save_pretrained(llama(), tmp_path / "work", overwrite=True)
+    monkeypatch.chdir(tmp_path / "work")
+    for folder in (".", "..", tmp_path):
+        with pytest.raises(RecipeError, match="is the working directory, or holds it"):
+            save_pretrained(llama(), folder, overwrite=True)
+    with pytest.raises(RecipeError, match="file/out cannot be written"):
+        save_pretrained(llama(), tmp_path / "file/out")
+    assert (tmp_path / "work/thesis.txt").read_text() == "all of it"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "work"]
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    save_pretrained(llama(), tmp_path / "there")
+    save_pretrained(llama(seed=2), tmp_path / "link", overwrite=True)
+    same_bits(CausalLM(model=str(tmp_path / "there")).state_dict(), llama(seed=2).state_dict())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "there", "work"]
+
+
+def test_a_disk_that_refuses_at_the_last_moment_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_pretrained(llama(seed=1), tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    plain = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if "partial" in self.name:
+            raise OSError("disk is gone")
+        return plain(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(RecipeError, match="out cannot be written: disk is gone"):
+        save_pretrained(llama(), tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # inside peft
+def test_adapters_and_broken_weights_are_not_saved_nor_taken_for_a_model(tmp_path: Path) -> None:
+    module = llama()
+    save_pretrained(module, tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(RecipeError, match="is a LoRA adapter, not a model; merge it"):
+        CausalLM(model=str(tmp_path / "adapter"))
+    with pytest.raises(RecipeError, match="adapters that are not merged"):
+        save_pretrained(base, tmp_path / "new")
+    with torch.no_grad():
+        module.network.lm_head.weight[0, 0] = math.nan
+    with pytest.raises(RecipeError, match="hold NaN or infinity"):
+        save_pretrained(module, tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_weights_that_are_not_there_are_not_made_up(tmp_path: Path) -> None:
@@ -417,10 +503,10 @@ def test_labelled_text_from_a_data_set_and_fewer_of_it(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "set")
     data = TextClassificationData(str(tmp_path / "set"), validation=0.2, limit=7)
     data.setup()
-    assert data.label_names == ["maybe", "no", "yes"]
+    assert data.label_names == ["no", "yes", "maybe"]  # as the data set numbers them
     assert [len(split) for split in (data.train_set, data.val_set, data.test_set)] == [7, 4, 1]
     batch = data.test_set.__getitems__([0])
-    assert (batch["input_ids"].tolist(), batch["labels"].tolist()) == ([list(b"s1")], [2])
+    assert (batch["input_ids"].tolist(), batch["labels"].tolist()) == ([list(b"s1")], [1])
 
 
 @pytest.mark.parametrize(

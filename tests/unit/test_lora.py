@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from sparsetrain.errors import MaskStateError, PatternError, RecipeError, TargetError
@@ -27,6 +28,7 @@ from sparsetrain.nn.lora import MaskedLoraLinear, effective_weight, masked_lora
 from sparsetrain.patterns import parse_pattern
 from sparsetrain.pruning import prune
 from sparsetrain.targets import Targets
+from tests.contracts.toys import Int8Linear
 
 
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -248,6 +250,28 @@ def test_dropout_acts_on_the_adapter_alone_and_only_in_training() -> None:
     torch.testing.assert_close(layer(x), base(x) + F.linear(x, layer.get_delta_weight()))
 
 
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "replaced", "thawed"])
+def test_who_listens_to_the_base_layer_is_heard(how: str) -> None:
+    """The short way computes base and adapter at once; it is not taken where somebody needs the base by itself."""
+    _, _, adapters = adapted()
+    layer, x = adapters.layers["0"], torch.randn(5, 8)
+    base: Any = layer.get_base_layer()
+    if how == "thawed":
+        base.weight.requires_grad_(True)
+        layer(x).sum().backward()
+        torch.testing.assert_close(base.weight.grad, x.sum(0).expand(16, 8))
+        return
+    weight, bias, forward = base.weight.detach().clone(), base.bias.detach().clone(), base.forward
+    if how == "hook":
+        base.register_forward_hook(lambda module, args, output: 2 * output)
+    elif how == "pre-hook":
+        base.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+        bias /= 2
+    else:
+        base.forward = lambda x: 2 * forward(x)
+    torch.testing.assert_close(layer(x), 2 * F.linear(x, weight, bias) + F.linear(x, layer.get_delta_weight()))
+
+
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 7 / 4), (True, 7 / 2)])
 def test_scaling_is_pefts(rslora: bool, scale: float) -> None:
     _, _, adapters = adapted(rank=4, use_rslora=rslora)
@@ -318,21 +342,6 @@ def test_modules_to_save_train_in_place_and_are_restored() -> None:
 
 
 # -- quantized --------------------------------------------------------------------------------------------------------
-
-
-class Int8Linear(nn.Linear):
-    """A stand-in for a quantized layer: the weight is an int8 buffer, dequantized in the forward pass."""
-
-    def __init__(self, source: nn.Linear) -> None:
-        super().__init__(source.in_features, source.out_features)
-        scale = source.weight.detach().abs().max() / 127
-        del self.weight
-        self.register_buffer("weight", (source.weight.detach() / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale)
-        self.bias = source.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
 
 
 def quantized() -> tuple[nn.Module, dict[str, Tensor | None], nn.Module]:
@@ -433,6 +442,36 @@ def test_adapters_of_another_model_are_refused(tmp_path: Path) -> None:
         Adapters.load(model, tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("change", ["lacks", "shape"])
+def test_a_damaged_adapter_changes_nothing(change: str, tmp_path: Path) -> None:
+    model = net()
+    manager = pruned(model)
+    masks = {n: m for n, m in masks_of(manager).items() if n != "4.weight"}
+    adapters = Adapters(model, masks, noisy(modules_to_save=["4"]))
+    adapters.save(tmp_path)
+    adapters.remove()
+    tensors = load_file(str(tmp_path / "adapter_model.safetensors"))
+    tensors["base_model.model.4.bias"] += 1
+    broken = "base_model.model.2.lora_B.weight"
+    tensors[broken] = torch.ones(5, 3)
+    if change == "lacks":
+        del tensors[broken]
+    save_file(tensors, str(tmp_path / "adapter_model.safetensors"))
+    bits = {n: v.clone() for n, v in model.state_dict().items()}
+    with pytest.raises(MaskStateError, match=r"lacks 2\.lora_B|2\.lora_B.* of shape \(5, 3\)"):
+        Adapters.load(model, tmp_path, masks)
+    same_bits(bits, model.state_dict())
+
+
+def test_the_layers_of_an_adapter_that_peft_wrote_are_those_it_has(tmp_path: Path) -> None:
+    theirs = get_peft_model(net(), LoraConfig(r=2, target_modules=["0", "2"], exclude_modules=["2"], init_lora_weights=False))
+    theirs.save_pretrained(str(tmp_path))
+    adapters = Adapters.load(net(), tmp_path, {})
+    assert list(adapters.layers) == ["0"]
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(theirs(x), adapters.model(x))
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -470,7 +509,9 @@ def test_layers_that_cannot_are_refused_by_name(weight: str, message: str) -> No
     [
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' rewrites"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"use_dora": True}, "PEFT refuses"),
+        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"bias": "all"}, "bias='all' is not supported"),  # would train what save() does not write
+        ({"exclude_modules": ["fc"]}, "exclude_modules=.*which layers get adapters say targets"),
         ({"modules_to_save": ["fd"]}, "modules_to_save 'fd' matches no module"),
         ({"target_modules": ["fd"]}, "target_modules 'fd' matches no target"),
         ({"target_modules": "f.*d"}, "matches no target"),
@@ -481,6 +522,18 @@ def test_configurations_that_cannot_are_refused(fields: dict[str, Any], message:
     with pytest.raises((RecipeError, TargetError), match=message):
         Adapters(model, {"fc.weight": None}, LoraConfig(**fields))
     assert type(model.fc) is nn.Linear
+
+
+def test_what_peft_refuses_half_way_leaves_the_model_as_it_was() -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, state_size=2))
+    mixer = "backbone.layers.0.mixer"
+    bits, trainable = {n: v.clone() for n, v in model.state_dict().items()}, [p.requires_grad for p in model.parameters()]
+    with pytest.raises(RecipeError, match=r"PEFT refuses the adapters: .*Mamba"):
+        Adapters(model, {f"{mixer}.in_proj.weight": None, f"{mixer}.out_proj.weight": None})
+    same_bits(bits, model.state_dict())
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    assert not hasattr(model, "peft_config")
+    Adapters(model, {f"{mixer}.in_proj.weight": None})
 
 
 def test_target_modules_narrow_the_targets() -> None:

@@ -60,6 +60,7 @@ def test_by_hand() -> None:
     assert owl_sparsities([0.1, 0.2, 0.3], [1, 1, 2], 0.6, 0.1) == pytest.approx([0.725, 0.625, 0.525])
     assert owl_sparsities([0.2, 0.2], [1, 5], 0.7, 0.08) == [0.7, 0.7]
     assert owl_sparsities([0.0, 0.1], [1, 1], 0.7, 0.0) == [0.7, 0.7]
+    assert owl_sparsities([0.0, 0.1], [1, 3], 0.7, 5e-324) == [0.7, 0.7]  # lost in rounding
 
 
 def test_near_0_and_1_blocks_move_together() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,15 +20,16 @@ from sparsetrain.targets import Targets
 class Layer(nn.Module):
     """x + tanh(fc x), optionally with a bias that is made by whoever has none yet and handed on."""
 
-    def __init__(self, width: int = 4, tuples: bool = False) -> None:
+    def __init__(self, width: int = 4, tuples: bool = False, in_place: bool = False) -> None:
         super().__init__()
         self.fc = nn.Linear(width, width)
-        self.tuples = tuples
+        self.tuples, self.in_place = tuples, in_place
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Any:
         if self.tuples:
             bias = self.fc.bias * 2 if bias is None else bias
-        out = x + torch.tanh(self.fc(x) + (0 if bias is None else bias))
+        out = torch.tanh(self.fc(x) + (0 if bias is None else bias))
+        out = x.add_(out) if self.in_place else x + out
         return (out, bias) if self.tuples else out
 
 
@@ -39,7 +41,7 @@ class Model(nn.Module):
         torch.manual_seed(0)
         self.kind = kind
         self.embed = nn.Linear(4, 4)
-        self.layers = nn.ModuleList([Layer(tuples=kind == "bias") for _ in range(3)])
+        self.layers = nn.ModuleList([Layer(tuples=kind == "bias", in_place=kind == "in place") for _ in range(3)])
         self.norm = nn.LayerNorm(4)
         self.head = nn.Linear(4, 2)
 
@@ -47,7 +49,7 @@ class Model(nn.Module):
         x = self.embed(x)
         first, bias = x, None
         for index, layer in enumerate(self.layers):
-            if self.kind == "plain":
+            if self.kind in ("plain", "in place", "to the head"):
                 x = layer(x)
             elif self.kind == "by index":
                 x = layer(x, bias=torch.full((4,), float(index)))
@@ -67,6 +69,8 @@ class Model(nn.Module):
                 x = first if index == 2 else x
             elif self.kind == "twice":
                 x = layer(layer(x))
+            first = x if self.kind == "to the head" and index == 0 else first
+        x = x + first if self.kind == "to the head" else x
         result: Tensor = self.head(x)
         return result
 
@@ -83,7 +87,7 @@ def found(model: nn.Module, x: Any, run: Callable[[Any], Any] | None = None, **t
 LAYERS = [f"layers.{i}" for i in range(3)]
 
 
-@pytest.mark.parametrize("kind", ["plain", "by index", "bias", "norm between"])
+@pytest.mark.parametrize("kind", ["plain", "by index", "bias", "norm between", "in place"])
 def test_what_the_driver_does_around_blocks_is_its_own_affair(kind: str) -> None:
     blocks, parts = found(Model(kind), torch.randn(1, 5, 4))
     assert blocks == LAYERS
@@ -94,7 +98,7 @@ def test_what_the_driver_does_around_blocks_is_its_own_affair(kind: str) -> None
     ]
 
 
-@pytest.mark.parametrize("kind", ["history", "backwards", "parallel", "twice"])
+@pytest.mark.parametrize("kind", ["history", "backwards", "parallel", "twice", "to the head"])
 def test_what_does_not_chain_is_taken_as_a_whole(kind: str) -> None:
     blocks, parts = found(Model(kind), torch.randn(1, 5, 4))
     assert blocks == []
@@ -108,6 +112,33 @@ def test_a_value_from_before_the_blocks_is_made_anew_and_chains() -> None:
 def test_without_the_check_of_behaviour_a_wrong_stack_would_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparsetrain.calibration.stacks._not_chained", lambda *args: None)
     assert found(Model("history"), torch.randn(1, 5, 4))[0] == LAYERS
+
+
+class Talks(nn.Module):
+    """Blocks that read what the one before left in an object."""
+
+    class Block(Layer):
+        def forward(self, x: Tensor, notes: Any) -> Tensor:  # type: ignore[override]
+            notes.value = super().forward(x) + getattr(notes, "value", 0.0)
+            result: Tensor = notes.value
+            return result
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([Talks.Block() for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        notes = SimpleNamespace()
+        for layer in self.layers:
+            x = layer(x, notes)
+        return x
+
+
+def test_blocks_that_talk_through_an_object_are_no_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert found(Talks(), torch.randn(1, 4))[0] == []
+    monkeypatch.setattr("sparsetrain.calibration.stacks._near", lambda one, other: True)
+    assert found(Talks(), torch.randn(1, 4))[0] == LAYERS  # by what they are given alone they would be one
 
 
 def test_a_sequential_model_and_what_it_repeats() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
@@ -197,6 +198,18 @@ def test_tied_linears_are_counted_once() -> None:
     model[1].weight = model[0].weight
     assert found(model) == ["0.weight"]
     assert [names for _, names in aliases(model)] == [("0.weight", "1.weight"), ("2.weight",)]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # inside peft
+def test_the_factors_of_an_adapter_stay_dense() -> None:
+    model = get_peft_model(LlamaForCausalLM(LLAMA), LoraConfig(r=2, target_modules=["q_proj"]))
+    matched = Targets().match(model)
+    assert [t.name for t in matched.targets if "q_proj" in t.name] == [
+        f"base_model.model.model.layers.{layer}.self_attn.q_proj.base_layer.weight" for layer in (0, 1)
+    ]
+    factor = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    assert matched.skipped[factor] == "a factor of a low-rank adapter"
+    assert next(t.name for t in Targets(include=("lora_A",)).match(model).targets) == factor  # who names it gets it
 
 
 def test_layouts() -> None:
