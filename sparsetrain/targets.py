@@ -30,6 +30,8 @@ _LAYERS: dict[str, tuple[tuple[str, ...], bool]] = {
     "LSTM": ((_RECURRENT,), False),
     "GRU": ((_RECURRENT,), False),
 }
+#: Why a weight stays dense although nobody asked for it.
+UNSUPPORTED, REPLACED = "no supported layer", "replaced by a parametrization or torch.nn.utils.prune: remove that first"
 _EMBEDDINGS = frozenset({"Embedding", "EmbeddingBag"})
 _WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 #: What PEFT calls the factors beside a layer.
@@ -148,7 +150,7 @@ class Targets:
                 module, attribute, layout, _ = owner
                 found.append(Target(alias[0], alias[1:], module, attribute, layout))
             else:
-                skipped[alias[0]] = reason or "no supported layer"
+                skipped[alias[0]] = reason or UNSUPPORTED
         if not found:
             raise TargetError(self._nothing(model, skipped))
         everything = [name for target in found for name in (target.name, *target.aliases)]
@@ -171,9 +173,7 @@ class Targets:
             return "a bias, norm or scale"
         if owner is None:
             replaced = any(re.search(r"(^|\.)parametrizations\.|_orig$|_[gv]$", name) for name in names)
-            return (
-                "replaced by a parametrization or torch.nn.utils.prune: remove that first" if replaced else "no supported layer"
-            )
+            return REPLACED if replaced else UNSUPPORTED
         if self.include:
             asked = any(re.search(pattern, name) for pattern in self.include for name in names)
             return None if asked else "not included (targets.include)"

@@ -32,7 +32,7 @@ KNOWS = {
     "masks": "errors selection patterns targets",
     "pruning": "errors patterns targets criteria allocation masks",
     "calibration": "errors criteria masks",
-    "oneshot": "errors patterns criteria allocation masks pruning calibration",
+    "oneshot": "errors patterns targets criteria allocation masks pruning calibration",
     "checkpoints": "errors targets",
     "distillation": "errors",
     "nn": "errors masks",

@@ -161,6 +161,7 @@ class OneShotPruning(SparsityCallback):
                 "blocks": len(self.report.blocks),
                 "output_error": errors[-1] if errors else None,
                 "unseen_experts": len(self.report.unseen),
+                "left_dense": self.report.dense,
                 "seconds": self.report.seconds,
             }
         }

@@ -29,6 +29,7 @@ from sparsetrain.oneshot.report import OneShotReport
 from sparsetrain.oneshot.settings import Streaming, require_sane, to_prune, validate_oneshot
 from sparsetrain.patterns import Sparsity
 from sparsetrain.pruning import allocate, prune
+from sparsetrain.targets import REPLACED, UNSUPPORTED
 
 
 def prune_oneshot(
@@ -89,6 +90,7 @@ def prune_oneshot(
     for tensor in manager:  # what was pending while the model was at rest
         tensor.mask_gradient(tensor.target.parameter)
     report.seconds = time.perf_counter() - started
+    report.dense = {name: why for name, why in manager.skipped.items() if why in (UNSUPPORTED, REPLACED)}
     return report
 
 

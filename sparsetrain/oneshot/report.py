@@ -27,12 +27,14 @@ class OneShotRow:
 @dataclass
 class OneShotReport:
     """The result of `prune_oneshot`. ``blocks``: names in the order they run, none where the model was taken as a whole;
-    ``samples``: of this process; ``unseen``: experts that no sample was routed to."""
+    ``samples``: of this process; ``unseen``: experts that no sample was routed to; ``dense``: weights that stay as they are
+    though nobody asked for that, and why; they do not count in ``sparsity``."""
 
     rows: list[OneShotRow] = field(default_factory=list)
     blocks: list[str] = field(default_factory=list)
     samples: int = 0
     unseen: list[str] = field(default_factory=list)
+    dense: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -55,4 +57,10 @@ class OneShotReport:
         lines.append(
             f"sparsity {self.sparsity:.4f} over {len(self.rows)} tensors, {self.samples} samples, {self.seconds:.1f} s"
         )
+        lines += [f"left dense: {left}"] if (left := self.left_dense()) else []
         return "\n".join(lines)
+
+    def left_dense(self) -> str:
+        """``dense`` in a line: the first names, how many more, and why; empty if there are none."""
+        few = ", ".join(list(self.dense)[:3]) + (f" and {len(self.dense) - 3} more" if len(self.dense) > 3 else "")
+        return f"{few} ({'; '.join(sorted(set(self.dense.values())))})" if few else ""

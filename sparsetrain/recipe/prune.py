@@ -23,7 +23,7 @@ from sparsetrain.masks import MaskManager
 from sparsetrain.oneshot import OneShotReport, Streaming, prune_oneshot, validate_oneshot
 from sparsetrain.patterns import parse_pattern
 from sparsetrain.targets import Targets
-from sparsetrain.tasks.perplexity import logits_of, next_token_loss
+from sparsetrain.tasks.perplexity import evaluating, logits_of, next_token_loss, require_causal
 from sparsetrain.tasks.pretrained import _transformers, load_network, require_free, save_pretrained
 
 #: What the published methods compare: weights of one row.
@@ -139,6 +139,8 @@ def network_of(model: str) -> tuple[nn.Module, bool]:
             f"model {model!r} is {name}; this command prunes models that read text alone. In Python: "
             "prune_oneshot(MaskManager(model, pattern=...), batches)"
         )
+    if kind == "CausalLM":
+        require_causal(network)
     return network, kind == "CausalLM"
 
 
@@ -152,13 +154,12 @@ def measure(network: nn.Module, data: TextData, windows: int, title: str) -> dic
     if kept is None or not windows:
         return None
     kept = kept.subset(torch.arange(min(windows, len(kept))))
-    total, count, training = 0.0, 0, network.training
-    network.eval()
-    for indices in track(torch.split(torch.arange(len(kept)), 8), description=title, transient=True):
-        ids, labels = kept.__getitems__(indices)
-        loss, scored = next_token_loss(logits_of(network, ids), labels)
-        total, count = total + float(loss), count + int(scored)
-    network.train(training)
+    total, count = 0.0, 0
+    with evaluating(network):
+        for indices in track(torch.split(torch.arange(len(kept)), 8), description=title, transient=True):
+            ids, labels = kept.__getitems__(indices)
+            loss, scored = next_token_loss(logits_of(network, ids), labels)
+            total, count = total + float(loss), count + int(scored)
     return {"perplexity": float(torch.tensor(total / count, dtype=torch.float64).exp()), "tokens": count}
 
 
@@ -170,6 +171,7 @@ def _record(asked: Prune, pattern: str, report: OneShotReport, before: Any, afte
         "pruned": after,
         "samples": report.samples,
         "unseen_experts": report.unseen,
+        "left_dense": report.left_dense(),
         "layers": [asdict(row) for row in report.rows],
         "seconds": report.seconds,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -154,11 +154,13 @@ def pruned_table(found: Mapping[str, Any]) -> Table:
         table.add_row(Text(block), str(len(rows)), percent(share), error, Text(notes))
     table.add_section()
     table.add_row("all", str(len(found["layers"])), percent(found["sparsity"]), "", f"{found['seconds']:.0f} s")
+    told = [f"left dense: {found['left_dense']}"] if found.get("left_dense") else []
     if found["dense"] and found["pruned"]:
         before, after = found["dense"], found["pruned"]
-        table.caption = Text(
+        told.append(
             f"perplexity {before['perplexity']:.3f} before, {after['perplexity']:.3f} after, by block windows of "
             f"{asked['window']} tokens over {number(before['tokens'])} tokens of {asked['data']}'s validation text"
         )
-        table.caption_justify = "left"
+    if told:
+        table.caption, table.caption_justify = Text("\n".join(told)), "left"
     return table

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from sparsetrain.errors import RecipeError
-from sparsetrain.tasks.perplexity import Perplexity, logits_of, next_token_loss
+from sparsetrain.tasks.perplexity import Perplexity, logits_of, next_token_loss, require_causal
 from sparsetrain.tasks.pretrained import load_network
 from sparsetrain.tasks.training import Task
 
@@ -35,8 +35,8 @@ class CausalLM(Task):
         warmup: fraction of all optimizer steps, in [0, 1), over which the rate rises linearly; not with a callable.
 
     Raises:
-        RecipeError: unless exactly one of model, config and network is given; for what cannot be loaded or built; for a bad
-            learning-rate schedule.
+        RecipeError: unless exactly one of model, config and network is given; for what cannot be loaded or built; for a model
+            that sees later tokens (an encoder); for a bad learning-rate schedule.
 
     Example: ``CausalLM(config={"model_type": "llama", "vocab_size": 258, "hidden_size": 64, "num_hidden_layers": 2})``.
     """
@@ -54,6 +54,8 @@ class CausalLM(Task):
         if network is not None and not (model is None and config is None):
             raise RecipeError(f"network and model={model!r} or config={config!r}: give one of the three")
         self.network: nn.Module = network if network is not None else load_network("CausalLM", model, config)
+        if network is None:
+            require_causal(self.network)
         #: Its weights were trained before: what it does before it is pruned can be compared with.
         self.pretrained = model is not None
         # Nobody generates here: a cache of keys and values would only take memory.

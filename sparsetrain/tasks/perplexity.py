@@ -26,7 +26,7 @@ from torchmetrics import Metric
 
 from sparsetrain.data.tokenized import require_fit
 from sparsetrain.data.windows import IGNORED, TokenWindows
-from sparsetrain.errors import DataError
+from sparsetrain.errors import DataError, RecipeError
 
 
 class Perplexity(Metric):
@@ -96,6 +96,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@torch.no_grad()
+def require_causal(model: nn.Module) -> None:
+    """Raise `RecipeError` if what comes later changes what a model says of earlier positions: its perplexity means nothing.
+
+    Example: ``require_causal(BertLMHeadModel(BertConfig()))`` raises; with ``BertConfig(is_decoder=True)`` it does not.
+    """
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        return
+    with evaluating(model):
+        one, other = logits_of(model, torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]], device=device))[:, :-1]
+    if bool((one - other).abs().max() > 1e-4 * one.abs().max()):
+        raise RecipeError(
+            f"{type(model).__name__} sees the tokens it is to predict: another last token changes what it says before. Take a "
+            "decoder (or is_decoder: true in its configuration), or SequenceClassification for an encoder"
+        )
 
 
 def perplexity(model: nn.Module, tokens: Tensor, window: int, stride: int | None = None, batch_size: int = 8) -> float:

@@ -873,6 +873,30 @@ def test_what_stays_dense_by_an_override_is_not_measured() -> None:
     }
 
 
+class Bare(nn.Module):
+    """Multiplies by a weight that no layer holds, as XLNet and the experts of Llama 4 do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "magnitude"])
+def test_weights_that_no_layer_holds_are_told(criterion: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Bare(), nn.LayerNorm(4), nn.Linear(4, 4), *(Bare() for _ in range(3)))
+    report = prune_oneshot(
+        MaskManager(model, Targets(exclude=("0",), head=True), "2:4"), [torch.randn(6, 4)], criterion=criterion
+    )
+    assert list(report.dense) == ["1.weight", "4.weight", "5.weight", "6.weight"]  # what was asked to stay dense is not told
+    assert "left dense: 1.weight, 4.weight, 5.weight and 1 more (no supported layer)" in str(report)
+    assert "left dense" not in str(
+        prune_oneshot(MaskManager(nn.Sequential(nn.Linear(4, 4))), None, 0.25, criterion="magnitude")
+    )
+
+
 def test_attention_in_one_piece_is_refused_by_name() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False)
     with pytest.raises(RecipeError, match=r"self_attn\.in_proj_weight.*MultiheadAttention does not show.*exclude"):

@@ -142,6 +142,17 @@ def test_perplexity_leaves_what_was_frozen_in_eval_mode_and_can_be_infinite(tmp_
         assert perplexity(sure, torch.zeros(9, dtype=torch.int64), window=4) == pytest.approx(want)
 
 
+def test_a_model_that_sees_what_it_is_to_predict_is_refused() -> None:
+    bert = {"model_type": "bert", "vocab_size": 30, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    with pytest.raises(RecipeError, match="BertLMHeadModel sees the tokens it is to predict"):
+        CausalLM(config=bert | {"num_attention_heads": 2})
+    with torch.device("meta"):
+        CausalLM(config=bert | {"num_attention_heads": 2})  # a plan has no weights to look at
+    decoder = CausalLM(config=bert | {"num_attention_heads": 2, "is_decoder": True})
+    assert decoder.network.training
+    assert CausalLM(config=LLAMA).network.training
+
+
 def test_ids_of_another_tokenizer_and_windows_beyond_the_positions_are_refused() -> None:
     with pytest.raises(DataError, match="the embedding of LlamaForCausalLM 258: they do not belong"):
         perplexity(llama(), torch.tensor([1, 258, 3]), window=8)
