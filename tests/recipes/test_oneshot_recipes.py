@@ -294,7 +294,7 @@ def test_the_reference_experiment_in_small(tiny: Path, monkeypatch: pytest.Monke
         ("batches: 8", "batches: 2"),
         ("max_steps: 400", "max_steps: 3"),
         ("rank: 16", "rank: 2"),
-        ("train: 6400, valid: 256, test: 1024", "train: 12, valid: 2, test: 6"),
+        ("train: 6400, valid: 256, test: 256", "train: 12, valid: 2, test: 6"),
     ):
         assert old in text
         text = text.replace(old, new)
