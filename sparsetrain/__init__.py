@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsetrain.allocation import Allocation
 from sparsetrain.calibration import calibrate, watch
+from sparsetrain.continual import ContinualPruner, Memory
 from sparsetrain.criteria import Criterion, Magnitude, Random
 from sparsetrain.errors import SparsetrainError
 from sparsetrain.masks import MaskManager, Override, load_masks
@@ -29,6 +30,7 @@ from sparsetrain.targets import Targets
 
 if TYPE_CHECKING:
     from sparsetrain.callbacks import (
+        ContinualPruning,
         Control,
         DepthPruning,
         Distillation,
@@ -46,16 +48,18 @@ if TYPE_CHECKING:
         TicketRounds,
         Update,
     )
-    from sparsetrain.data import TextClassificationData, TextData, VisionData
+    from sparsetrain.data import DomainSequence, TextClassificationData, TextData, VisionData
     from sparsetrain.tasks import CausalLM, Classification, SequenceClassification, perplexity, save_pretrained
 
 #: Names that need Lightning, imported when they are first asked for: plain PyTorch users do not wait for it.
 _LIGHTNING = {
     "CausalLM": "tasks",
     "Classification": "tasks",
+    "ContinualPruning": "callbacks",
     "Control": "callbacks",
     "DepthPruning": "callbacks",
     "Distillation": "callbacks",
+    "DomainSequence": "data",
     "DynamicSparse": "callbacks",
     "KeepMasks": "callbacks",
     "LotteryTickets": "callbacks",
@@ -83,12 +87,15 @@ __all__ = [
     "Block",
     "CausalLM",
     "Classification",
+    "ContinualPruner",
+    "ContinualPruning",
     "Control",
     "Cosine",
     "Criterion",
     "Cubic",
     "DepthPruning",
     "Distillation",
+    "DomainSequence",
     "DynamicSparse",
     "Exponential",
     "KeepMasks",
@@ -97,6 +104,7 @@ __all__ = [
     "LotteryTickets",
     "Magnitude",
     "MaskManager",
+    "Memory",
     "NMTraining",
     "OneShot",
     "OneShotPruning",

@@ -120,7 +120,7 @@ def prune_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a folder that from_pretrained reads, or a name on the hub")
     add("--data", required=True, metavar="TEXT", help="text to calibrate on: an embedded corpus, a file, a folder, a data set")
-    add("--out", type=Path, required=True, metavar="DIR", help="where the pruned model goes, in float32")
+    add("--out", type=Path, required=True, metavar="DIR", help="where the pruned model goes")
     add("--pattern", help="2:4, 4:8, unstructured, unstructured:row (wanda's and ria's own), block:16x16, ...")
     add("--sparsity", type=float, metavar="S", help="fraction of zeros over the targets; N:M patterns have only one")
     add("--criterion", default="wanda", help="wanda, ria, sparsegpt, magnitude (wanda)")
@@ -134,7 +134,13 @@ def prune_arguments(parser: Parser) -> None:
         ("batch", 4, "windows in a forward pass"),
     ):
         add(f"--{name}", type=int, default=default, metavar="N", help=f"{text} ({default})")
-    add("--dtype", help="type the blocks run in: bfloat16, float16, float32 (float32)")
+    add("--dtype", default="float32", help="type the blocks run in: bfloat16, float16, float32 (float32)")
+    add(
+        "--weights",
+        default="auto",
+        metavar="DTYPE",
+        help="type of what is written: float32, bfloat16, float16 (the model's own)",
+    )
     add("--offload", help="where hidden states wait: cpu, disk (the model's device)")
     for name in ("include", "exclude"):
         add(f"--{name}", action="append", default=[], metavar="REGEX", help=f"tensors to {name}, by name; may be repeated")

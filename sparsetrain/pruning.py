@@ -88,10 +88,10 @@ def prune(
     require_solvable(tensors, score)
     # A score that looks at other weights is of the model as it is before any of them goes.
     asked = [t for t in tensors if own.get(t.name, 1) or t.mask is not None]
-    ahead = {} if score.elementwise else {t.name: _scores(t, score, step) for t in asked}
+    ahead = {} if score.elementwise else {t.name: scores_of(t, score, step) for t in asked}
 
     def scores(tensor: MaskedTensor) -> Tensor:
-        return ahead[tensor.name] if tensor.name in ahead else _scores(tensor, score, step)
+        return ahead[tensor.name] if tensor.name in ahead else scores_of(tensor, score, step)
 
     plan = _plan(tensors, sparsity, spread, own, scores)
     if not regrow:
@@ -126,7 +126,7 @@ def allocate(
     """
     score = get_criterion(criterion)
     goals = {t.name: t.goal for t in manager if t.goal is not None} if own is None else own
-    return _plan(list(manager), sparsity, get_allocation(allocation), goals, lambda t: _scores(t, score, step))
+    return _plan(list(manager), sparsity, get_allocation(allocation), goals, lambda t: scores_of(t, score, step))
 
 
 def _plan(
@@ -169,15 +169,18 @@ def require_solvable(tensors: Iterable[MaskedTensor], criterion: Criterion) -> N
             )
 
 
-def _solve(
-    manager: MaskManager, tensor: MaskedTensor, criterion: Criterion, sparsity: Sparsity, step: int, why: str
-) -> MaskChange | None:
-    """Let a criterion that solves choose the mask and move the weights; None where it only scores."""
+def solution(
+    tensor: MaskedTensor, criterion: Criterion, sparsity: Sparsity, alive: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Mask and moved weights, as stored, where a criterion chooses both at once (`SparseGPT`); None where it only scores.
+
+    ``alive``: the mask within which it chooses, None for all weights. Nothing is changed.
+    """
     if type(criterion).solve is Criterion.solve:
         return None
     view = tensor.target.layout.view
     weight = view(tensor.target.parameter.detach())
-    alive = None if tensor.mask is None else view(tensor.mask)
+    living = None if alive is None else view(alive)
     names = [part.name for part in parts_of(tensor, criterion)]
     # Experts divide what the tensor is to lose as evenly as whole numbers allow.
     size = tensor.pattern.units((len(weight) // len(names), *weight.shape[1:]))
@@ -186,14 +189,23 @@ def _solve(
     found = []
     for i, (name, rows) in enumerate(zip(names, weight.chunk(len(names)), strict=True)):
         own = sparsity if even else Fraction(bounds[i + 1] - bounds[i], size)
-        kept = None if alive is None else alive.chunk(len(names))[i]
+        kept = None if living is None else living.chunk(len(names))[i]
         part = criterion.solve(rows, tensor.pattern, own, name=name, alive=kept)
         if part is None:
             return None
         found.append(part)
     mask, values = (view(torch.cat(both)) for both in zip(*found, strict=True))
-    change = manager.install(tensor.name, mask, sparsity, step=step, why=why)
-    manager.write(tensor.name, values)
+    return mask, values
+
+
+def _solve(
+    manager: MaskManager, tensor: MaskedTensor, criterion: Criterion, sparsity: Sparsity, step: int, why: str
+) -> MaskChange | None:
+    found = solution(tensor, criterion, sparsity, tensor.mask)
+    if found is None:
+        return None
+    change = manager.install(tensor.name, found[0], sparsity, step=step, why=why)
+    manager.write(tensor.name, found[1])
     return change
 
 
@@ -204,7 +216,8 @@ def _compensate(manager: MaskManager, tensor: MaskedTensor, criterion: Criterion
         manager.write(tensor.name, moved)
 
 
-def _scores(tensor: MaskedTensor, criterion: Criterion, step: int) -> Tensor:
+def scores_of(tensor: MaskedTensor, criterion: Criterion, step: int = 0) -> Tensor:
+    """What a criterion makes of a tensor as it is now; this rank's entries, as stored. Higher is more important."""
     parameter = tensor.target.parameter.detach()
     parts = parts_of(tensor, criterion)
     if parts[0].name != tensor.name:

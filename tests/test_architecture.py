@@ -33,20 +33,21 @@ KNOWS = {
     "pruning": "errors patterns targets criteria allocation masks",
     "calibration": "errors criteria masks",
     "oneshot": "errors patterns targets criteria allocation masks pruning calibration",
+    "continual": "errors patterns criteria allocation masks pruning calibration oneshot",
     "checkpoints": "errors targets",
     "distillation": "errors",
     "nn": "errors masks",
     "sensitivity": "errors patterns criteria allocation masks pruning",
     "predictor": "errors patterns allocation",
     "callbacks": "errors selection patterns targets schedules criteria allocation masks pruning calibration regrowth nm depth "
-    "oneshot checkpoints distillation nn",
+    "oneshot continual checkpoints distillation nn",
     "tasks": "errors data",
     "data": "errors",
     "report": "errors masks",
     "__init__": "errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report "
-    "calibration sensitivity predictor connectivity depth oneshot",
+    "calibration sensitivity predictor connectivity depth oneshot continual",
     "recipe": "errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report "
-    "calibration sensitivity predictor connectivity depth oneshot checkpoints",
+    "calibration sensitivity predictor connectivity depth oneshot continual checkpoints",
     "commands": "errors",
     "cli": "commands errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report recipe "
     "calibration sensitivity predictor connectivity depth oneshot",

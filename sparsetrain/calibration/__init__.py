@@ -7,6 +7,7 @@ gradients, mode and buffers are as before afterwards.
 from __future__ import annotations
 
 from sparsetrain.calibration.data import checksum, count_samples, first_alone, rebatch, runner, samples
+from sparsetrain.calibration.experts import siblings, unused
 from sparsetrain.calibration.layers import LayerWatch, NotShared, require_seen, require_visible
 from sparsetrain.calibration.rest import agree, at_rest, is_finite, ranks, require_some, require_sums, require_whole
 from sparsetrain.calibration.stacks import Block, Segment, segments
@@ -40,5 +41,7 @@ __all__ = [
     "runner",
     "samples",
     "segments",
+    "siblings",
+    "unused",
     "watch",
 ]

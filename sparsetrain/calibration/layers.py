@@ -2,7 +2,8 @@
 
 Layers that are given the very same tensor in a forward pass (query, key and value; gate and up) are measured once and share
 their statistics: a criterion of inputs takes nothing else from what it is shown. Experts that are fused into one tensor
-``(experts, out, in)`` are measured one by one, as the products with their slices happen.
+``(experts, out, in)`` are measured one by one, as the products with their slices happen. An expert that is given nothing counts
+as an average one: it is pruned by magnitude.
 """
 
 from __future__ import annotations
@@ -10,16 +11,15 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from sparsetrain.calibration.data import tensors_in
+from sparsetrain.calibration.experts import Products
 from sparsetrain.calibration.rest import agree, is_finite, ranks, sum_over_ranks
 from sparsetrain.criteria import Known, Seen, StatisticsCriterion
 from sparsetrain.criteria.base import wide
@@ -28,8 +28,6 @@ from sparsetrain.masks.tensor import MaskedTensor
 
 #: Layers that multiply what they are given, by name as `Targets` knows them.
 _MULTIPLY = frozenset({"Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D"})
-#: What an expert's slice of a fused weight is multiplied by.
-_PRODUCTS = (F.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 
 
 class Reached(BaseException):
@@ -67,6 +65,7 @@ class LayerWatch:
         tensors: whose layers.
         criterion: ``needs`` says what is shown, ``"input"`` or ``"output"``.
         share: measure layers that are given the very same tensor once.
+        alike: names of experts that are tensors of their own; see `calibration.siblings`.
 
     ``with watch.on(): ...`` installs it; `forward` goes around every forward pass; `finish` ends it. Example::
 
@@ -77,11 +76,21 @@ class LayerWatch:
         watch.finish(criterion)
     """
 
-    def __init__(self, tensors: Sequence[MaskedTensor], criterion: StatisticsCriterion, share: bool = True) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[MaskedTensor],
+        criterion: StatisticsCriterion,
+        share: bool = True,
+        alike: Iterable[Sequence[str]] = (),
+    ) -> None:
         self.tensors = list(tensors)
         self.criterion = criterion
-        self.share = share and criterion.needs == "input"
+        self.share = share and criterion.needs == "input" and not criterion.of_weights
         self.parts = {t.name: Known.parts(t) if criterion.needs == "input" else [Known.of(t)] for t in tensors}
+        groups = [parts for parts in self.parts.values() if len(parts) > 1]
+        groups += [[self.parts[name][0] for name in names if name in self.parts] for names in alike]
+        #: Experts of which one may stand for another.
+        self.groups = groups if criterion.needs == "input" else []
         #: Who is measured for whom.
         self.leader: dict[str, str] = {}
         self.expected: Counter[str] | None = None
@@ -89,7 +98,7 @@ class LayerWatch:
         #: What layers were given in this pass: the tensor, what version of it, and who was measured on it.
         self._live: list[tuple[weakref.ref[Tensor], int, str]] = []
         self._silent = {part.name for parts in self.parts.values() for part in parts}
-        #: Of a fused tensor: the squared mean of ``|x|`` over features, summed over what all its experts were given.
+        #: Where there are experts: the squared mean of ``|x|`` over features, summed over all that a layer was given.
         self._power: dict[str, float] = {}
         self._where = ""
         self._stop = False
@@ -114,7 +123,7 @@ class LayerWatch:
                 stack.callback(handle.remove)
             fused = [t for t in self.tensors if t.target.layout.experts] if needs_input else []
             if fused:
-                stack.enter_context(_Products(fused, self._see_expert))
+                stack.enter_context(Products(fused, self._see_expert))
             yield
 
     @contextmanager
@@ -160,8 +169,6 @@ class LayerWatch:
             self._calls[part.name] += 1
             self.leader[part.name] = part.name
             self._observe(part, given)
-            now = float(wide(given).abs().mean(-1).square().sum())  # not of squares: one outlier feature is not usual
-            self._power[tensor.name] = self._power.get(tensor.name, 0.0) + now
 
     def _see(self, known: Known, values: Tensor) -> None:
         name = known.name
@@ -189,6 +196,8 @@ class LayerWatch:
 
     def _observe(self, known: Known, values: Tensor) -> None:
         what = self.criterion.needs
+        if not values.numel():
+            return
         if not is_finite(values):
             raise DivergedError(
                 f"calibration: the {what} of {known.name} is not finite in {self._where}; find what diverged, or what is wrong "
@@ -196,6 +205,9 @@ class LayerWatch:
             )
         if known.name in self._silent and bool(values.any()):
             self._silent.discard(known.name)
+        if self.groups:
+            now = float(wide(values).abs().mean(-1).square().sum())  # not of squares: one outlier feature is not usual
+            self._power[known.name] = self._power.get(known.name, 0.0) + now
         seen = {what: values.detach()}
         with torch.autocast(values.device.type, enabled=False):  # whatever the model runs in, sums are wide
             self.criterion.observe(Seen(known, known.parameter.detach(), **seen))
@@ -213,39 +225,41 @@ class LayerWatch:
         if problem is None:
             self.criterion.finish()
         leaders = agree(problem, self.leader)
-        everyone = agree(None, (self._silent, self._power))
-        silent = set.intersection(*(set(names) for names, _ in everyone))
+        parts = {part.name: part for tensor in self.parts.values() for part in tensor}
+        # What was measured for another counts for that one too, also where other ranks measured them apart.
+        by = {name: self.leader.get(name, name) for name in parts}
+        power = {name: self._power[by[name]] for name in parts if by[name] in self._power}
+        everyone = agree(None, ({name for name in parts if by[name] in self._silent}, power))
+        silent = set.intersection(*(names for names, _ in everyone))
         memory = self.criterion.memory
         if any(other != self.leader for other in leaders):
             for name, leader in self.leader.items():
-                if name != leader:
+                if name != leader and leader in memory:
                     memory[name] = {key: value.clone() for key, value in memory[leader].items()}
         if ranks() > 1:
-            sum_over_ranks(self.criterion, only={p.name for parts in self.parts.values() for p in parts})
+            sum_over_ranks(self.criterion, only=parts)
         for name, leader in self.leader.items():
             if name not in memory and leader in memory:
                 memory[name] = dict(memory[leader])
         if self.criterion.needs != "input":
             return []
-        idle = [p for parts in self.parts.values() for p in parts if p.name not in memory]
-        for tensor in self.tensors:
-            parts = self.parts[tensor.name]
-            if all(part in idle for part in parts):
-                continue  # whoever asks for its score tells
-            power = sum(found.get(tensor.name, 0.0) for _, found in everyone)
-            usual = math.sqrt(power / sum(part not in idle for part in parts))
-            for part in parts:
-                if part in idle:
-                    eye = torch.eye(part.view(part.parameter).shape[1], device=part.parameter.device)
-                    self.criterion.observe(Seen(part, part.parameter.detach(), input=usual * eye))
-                elif self.leader.get(part.name, part.name) in silent:
-                    raise DataError(
-                        f"all inputs of {part.name} are zero in the calibration data: nothing tells its weights apart; give "
-                        "other data, leave it out (targets.exclude), or use criterion 'magnitude'"
-                    )
-        if idle:
+        seen = {name for name in parts if name in memory}
+        for name in (name for name in parts if name in seen & silent):
+            raise DataError(
+                f"all inputs of {name} are zero in the calibration data: nothing tells its weights apart; give other data, "
+                "leave it out (targets.exclude), or use criterion 'magnitude'"
+            )
+        for group in self.groups:
+            known = [part.name for part in group if part.name in seen]
+            idle = [part for part in group if part.name not in memory] if known else []  # of none seen `require_seen` tells
+            total = sum(found.get(name, 0.0) for name in known for _, found in everyone)
+            for part in idle:
+                eye = torch.eye(part.view(part.parameter).shape[1], device=part.parameter.device)
+                self.criterion.observe(Seen(part, part.parameter.detach(), input=math.sqrt(total / len(known)) * eye))
+        idle_names = [name for name in parts if name in memory and name not in seen]
+        if idle_names:
             self.criterion.finish()
-        return [part.name for part in idle if part.name in memory]
+        return idle_names
 
 
 def require_seen(criterion: StatisticsCriterion, tensors: Sequence[MaskedTensor]) -> None:
@@ -262,22 +276,3 @@ def require_seen(criterion: StatisticsCriterion, tensors: Sequence[MaskedTensor]
 def _version(values: Tensor) -> int | None:
     """How often a tensor was written to in place; None if nobody counts."""
     return None if values.is_inference() else values._version
-
-
-class _Products(TorchFunctionMode):
-    """Sees the products with slices of fused weights."""
-
-    def __init__(self, tensors: Sequence[MaskedTensor], see: Callable[[MaskedTensor, int, Tensor], None]) -> None:
-        super().__init__()
-        self.tensors = tensors
-        self.see = see
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor) and args[1].ndim == 2:
-            given, weight = args[0], args[1]
-            where = weight.untyped_storage().data_ptr()
-            for tensor in self.tensors:
-                whole = tensor.target.parameter
-                if where == whole.untyped_storage().data_ptr():
-                    self.see(tensor, (weight.storage_offset() - whole.storage_offset()) // whole.stride(0), given)
-        return func(*args, **(kwargs or {}))

@@ -38,13 +38,15 @@ class Block:
 class Segment:
     """What is measured and pruned together: a block, or the targets outside of all blocks that run at one place.
 
-    ``index``: how many blocks run before it, which for a block is its place in the order of execution.
+    ``index``: how many blocks run before it, which for a block is its place in the order of execution. ``idle``: those of the
+    targets of which no call was seen.
     """
 
     name: str
     index: int
     targets: tuple[str, ...]
     is_block: bool
+    idle: tuple[str, ...] = ()
 
 
 class Driver:
@@ -220,7 +222,8 @@ class _Trace:
         found = []
         for (place, is_block), names in sorted(members.items(), key=lambda item: (item[0][0], item[0][1])):
             where = blocks[place].name if is_block else f"outside {place}" if blocks else "the model"
-            found.append(Segment(where, place, tuple(names), is_block))
+            idle = tuple(name for name in names if not self.calls[name])
+            found.append(Segment(where, place, tuple(names), is_block, idle))
         return found
 
 

@@ -15,6 +15,7 @@ from rich.progress import track
 from torch import Tensor
 
 from sparsetrain.calibration.data import samples
+from sparsetrain.calibration.experts import siblings
 from sparsetrain.calibration.layers import LayerWatch, require_seen, require_visible
 from sparsetrain.calibration.rest import at_rest, require_some, require_sums, require_whole, sum_over_ranks
 from sparsetrain.criteria import Known, Seen, StatisticsCriterion
@@ -100,7 +101,7 @@ def _activations(
 ) -> int:
     seen, problem = 0, None
     # What is shown only once cannot be shown again to layers that turn out not to share their input.
-    watch = LayerWatch(list(manager), criterion, share=False)
+    watch = LayerWatch(list(manager), criterion, share=False, alike=siblings(manager.model, manager))
     try:
         with at_rest(manager.model, [], gradients=False), watch.on():
             for batch in batches:

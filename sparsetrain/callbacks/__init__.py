@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparsetrain.callbacks.base import SparsityCallback
+from sparsetrain.callbacks.continual_pruning import ContinualPruning
 from sparsetrain.callbacks.depth_pruning import DepthPruning
 from sparsetrain.callbacks.distillation import Distillation
 from sparsetrain.callbacks.dynamic_sparse import DynamicSparse
@@ -19,6 +20,7 @@ from sparsetrain.callbacks.tickets import Control, Lost, TicketRounds
 
 __all__ = [
     "NAMES",
+    "ContinualPruning",
     "Control",
     "DepthPruning",
     "Distillation",
@@ -43,6 +45,7 @@ NAMES: dict[str, type[SparsityCallback]] = {
     "DynamicSparse": DynamicSparse,
     "NMTraining": NMTraining,
     "OneShotPruning": OneShotPruning,
+    "ContinualPruning": ContinualPruning,
     "KeepMasks": KeepMasks,
     "SparseLoRA": SparseLoRA,
 }

@@ -6,6 +6,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,7 +15,6 @@ from torch import nn
 from sparsetrain.callbacks.exact_resume import ExactResume
 from sparsetrain.errors import MaskStateError, PatternError, RecipeError
 from sparsetrain.masks import MaskedTensor, MaskManager, Verification
-from sparsetrain.masks.sharding import local
 from sparsetrain.patterns import Sparsity, Unstructured
 from sparsetrain.schedules import Clock, Curve
 from sparsetrain.targets import Targets
@@ -55,6 +55,13 @@ class SparsityCallback(Callback):
 
     def on_begin(self, trainer: Trainer, resumed: bool) -> None:
         """Training starts."""
+
+    def begin_domain(self, trainer: Trainer, index: int, name: str) -> None:
+        """Training on a domain of a `DomainSequence` starts (or goes on); after `on_begin`."""
+
+    def serving(self, index: int, name: str) -> AbstractContextManager[None]:
+        """Around the evaluation of a domain: by methods whose model depends on it."""
+        return nullcontext()
 
     def on_step(self, trainer: Trainer, step: int) -> None:
         """An optimizer step was taken."""
@@ -161,6 +168,7 @@ class SparsityCallback(Callback):
             return {}
         return {
             "masks": self.manager.state_dict(),
+            "unclaimed": dict(self.manager.unclaimed),
             "resume": self.resume.state_dict(),
             "method": self.method_state(),
             "seen": self._seen,
@@ -173,6 +181,7 @@ class SparsityCallback(Callback):
             return
         if self.manager is not None:
             self.manager.load_state_dict(state_dict["masks"])
+            self.manager.unclaimed = dict(state_dict.get("unclaimed", {}))
         self._state = state_dict
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -211,6 +220,9 @@ class SparsityCallback(Callback):
         else:
             self._seen = current_step(trainer)
         self.on_begin(trainer, resumed is not None)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if hasattr(data, "domains"):
+            self.begin_domain(trainer, data.current, data.domain)
         self.log_sparsity(trainer)
         if resumed is not None and resumed["validation_due"]:
             # The checkpoint was written between a batch and its validation, which Lightning would take for done.
@@ -280,16 +292,3 @@ def averaged_copies(trainer: Trainer) -> list[nn.Module]:
     """The averaged models that Lightning's ``WeightAveraging`` and ``StochasticWeightAveraging`` callbacks keep."""
     found = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
     return [copy for copy in found if isinstance(copy, nn.Module)]
-
-
-def warn_of_zeros(manager: MaskManager, fate: str) -> None:
-    """Warn if a model that looks pruned already is about to be treated as dense; ``fate`` says what becomes of its zeros."""
-    for tensor in manager:
-        share = float((local(tensor.target.parameter.detach()) == 0).float().mean())
-        if share > 0.01:
-            warnings.warn(
-                f"{tensor.name} is {share:.0%} zero already, and these zeros are no masks: {fate}. To keep them call "
-                "method.use(model, MaskManager.adopt(model, pattern)) before fit (init_from does in a recipe)",
-                stacklevel=2,
-            )
-            return

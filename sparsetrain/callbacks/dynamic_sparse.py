@@ -43,12 +43,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsetrain.callbacks import growth_rules as rules
-from sparsetrain.callbacks.base import SparsityCallback, current_step, warn_of_zeros
+from sparsetrain.callbacks.base import SparsityCallback, current_step
 from sparsetrain.callbacks.clock import clock_of
 from sparsetrain.callbacks.dense_gradient import DenseGradients
 from sparsetrain.errors import PatternError, RecipeError, nearest
 from sparsetrain.masks import MaskedTensor, MaskManager
 from sparsetrain.masks.sharding import local
+from sparsetrain.masks.verification import warn_of_zeros
 from sparsetrain.patterns import Pattern, Sparsity, exact, parse_pattern
 from sparsetrain.pruning import prune
 from sparsetrain.regrowth import annealed

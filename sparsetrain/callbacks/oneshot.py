@@ -9,7 +9,8 @@ What it does: at ``start`` every block is measured on what the blocks before it,
 sec. 3). What follows is fine-tuning; a recipe with ``trainer.max_epochs: 0`` prunes and trains nothing.
 
 Knobs: ``criterion``: ``"wanda"`` (published with pattern ``unstructured:row``), ``"sparsegpt"`` (moves the survivors too:
-better at 2:4 and above 60 %); its ``batches``: 128 samples are usual, more helps little. ``allocation: owl`` above 60 %.
+better at 2:4 and above 60 %); its ``batches``: 128 samples are usual, more helps little. ``allocation: owl`` above 60 % (with
+SparseGPT the statistics of all blocks are in memory at once then: ``4 * in^2`` bytes for every input of a layer).
 ``streaming``: samples in a forward pass, the type blocks run in, where hidden states wait.
 
 Combines with: any optimizer, LR schedule, AMP, accumulation, clipping, EMA callbacks, DDP (statistics are summed over ranks).
@@ -148,6 +149,7 @@ class OneShotPruning(SparsityCallback):
                 )
         finally:
             restore(streams)
+        self.masks.unclaimed |= self.report.dense
         self._done = True
 
     def facts(self) -> dict[str, Any]:

@@ -27,13 +27,14 @@ from torch.optim import Optimizer
 
 from sparsetrain.allocation import Allocation, Share, get_allocation
 from sparsetrain.calibration import known
-from sparsetrain.callbacks.base import SparsityCallback, current_step, warn_of_zeros
+from sparsetrain.callbacks.base import SparsityCallback, current_step
 from sparsetrain.callbacks.clock import clock_of
 from sparsetrain.callbacks.recovery import Recovery, Watch
 from sparsetrain.callbacks.statistics import recalibrate, require_data, watch_step
 from sparsetrain.criteria import Criterion, StatisticsCriterion, get_criterion
 from sparsetrain.errors import RecipeError
 from sparsetrain.masks import MaskedTensor, MaskManager, Override
+from sparsetrain.masks.verification import warn_of_zeros
 from sparsetrain.patterns import Pattern, Sparsity, exact, parse_pattern
 from sparsetrain.pruning import final_sparsity, prune, validate
 from sparsetrain.schedules import Clock, Curve, OneShot, Rounds, Schedule

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparsetrain.criteria.activation import ActivationMean, APoZ
 from sparsetrain.criteria.base import Criterion, Known, Seen, StatisticsCriterion
+from sparsetrain.criteria.copal import Copal, OutputFisher
 from sparsetrain.criteria.gradient import SNIP, Fisher, Gradient, Taylor
 from sparsetrain.criteria.lookahead import Lookahead
 from sparsetrain.criteria.magnitude import Magnitude, magnitude
@@ -23,6 +24,7 @@ __all__ = [
     "SNIP",
     "APoZ",
     "ActivationMean",
+    "Copal",
     "Criterion",
     "Fisher",
     "Gradient",
@@ -30,6 +32,7 @@ __all__ = [
     "Lookahead",
     "Magnitude",
     "Movement",
+    "OutputFisher",
     "Random",
     "Seen",
     "SparseGPT",
@@ -57,6 +60,8 @@ NAMES: dict[str, type[Criterion]] = {
     "wanda": Wanda,
     "ria": RIA,
     "sparsegpt": SparseGPT,
+    "copal": Copal,
+    "output_fisher": OutputFisher,
 }
 
 

@@ -136,6 +136,7 @@ class StatisticsCriterion(Criterion):
 
     ``needs``: ``"gradient"`` of the weight, ``"output"`` of its layer, or the ``"input"`` that its layer multiplies.
     ``per_sample``: batches are cut into samples.
+    ``of_weights``: what is kept of an input depends on the weight too, so that layers with one input cannot share it.
     ``additive``: memory holds sums, which may be added over ranks. Memory is one dictionary of tensors for each tensor scored.
     """
 
@@ -143,6 +144,7 @@ class StatisticsCriterion(Criterion):
     needs: ClassVar[Literal["gradient", "output", "input"]] = "gradient"
     per_sample: ClassVar[bool] = False
     additive: ClassVar[bool] = True
+    of_weights: bool = False
 
     def __init__(self, batches: int = 16) -> None:
         if batches < 1:
@@ -156,6 +158,16 @@ class StatisticsCriterion(Criterion):
 
     def finish(self) -> None:
         """All data has been seen; what is still on its way into memory goes there now."""
+
+    def settled(self, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the sums of one tensor over one domain come to: means, which count the same whatever a domain's size.
+
+        They are in the place of sums with a count of 1. ``rows`` (of inputs) or ``count`` (of gradients) is what is divided by.
+        """
+        count = memory.get("rows", memory.get("count"))
+        if count is None:
+            return {key: value.clone() for key, value in memory.items()}
+        return {key: value / count for key, value in memory.items()}
 
     def reset(self) -> None:
         """Forget everything, before a new calibration."""

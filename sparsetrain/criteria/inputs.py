@@ -92,18 +92,31 @@ class InputCriterion(StatisticsCriterion):
         """Take in an input; a subclass adds to it."""
         self._known.setdefault(seen.tensor.name, seen.tensor)
 
+    def pieces(self, seen: Seen) -> Iterator[Tensor]:
+        """An input in pieces, as `features` gives it; counts its samples (and positions) in ``memory["rows"]``."""
+        rows = 0
+        for piece in () if seen.input is None else features(seen.tensor.module, seen.input):
+            yield piece
+            rows += piece.shape[1]
+        if rows and seen.input is not None:
+            self.add(seen.tensor.name, rows=torch.tensor(rows, device=seen.input.device))
+
     def matrix(self, weight: Tensor, name: str) -> Tensor:
         """A weight ``(out, in, *kernel)`` as ``(groups, out of a group, in * kernel)``."""
         groups = next(iter(self.remembered(name).values())).shape[0]
         return weight.reshape(groups, weight.shape[0] // groups, -1)
 
-    def require_usable(self, name: str, squares: Tensor) -> None:
-        """Raise `DivergedError` unless sums of squares are finite, `DataError` if all are 0."""
-        if not bool(torch.isfinite(squares).all()):
+    def require_finite(self, name: str, sums: Tensor) -> None:
+        """Raise `DivergedError` unless sums of products are finite."""
+        if not bool(torch.isfinite(sums).all()):
             raise DivergedError(
                 f"criterion {type(self).__name__}: the inputs of {name} are not finite, or overflow when squared; find what "
                 "diverged, or leave the tensor out (targets.exclude)"
             )
+
+    def require_usable(self, name: str, squares: Tensor) -> None:
+        """Raise `DivergedError` unless sums of squares are finite, `DataError` if all are 0."""
+        self.require_finite(name, squares)
         if not bool(squares.any()):
             raise DataError(
                 f"criterion {type(self).__name__} cannot score {name}: all its inputs were 0 in every batch. Is the layer "

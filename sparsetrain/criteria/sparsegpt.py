@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from sparsetrain.criteria.base import Known, Seen, wide
 from sparsetrain.criteria.columns import Choice, choice_for, require_columns
-from sparsetrain.criteria.inputs import InputCriterion, features
+from sparsetrain.criteria.inputs import InputCriterion
 from sparsetrain.criteria.refine import refine
 from sparsetrain.errors import DivergedError, RecipeError
 from sparsetrain.patterns import NM, Pattern, Sparsity
@@ -200,9 +200,7 @@ class SparseGPT(InputCriterion):
         """Add ``X X'``."""
         super().observe(seen)
         self._last = None
-        if seen.input is None:
-            return
-        for piece in features(seen.tensor.module, seen.input):
+        for piece in self.pieces(seen):
             groups, _, columns = piece.shape
             memory = self.memory.setdefault(seen.tensor.name, {})
             if "outer" not in memory:

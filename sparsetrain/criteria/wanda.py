@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.criteria.base import Seen
-from sparsetrain.criteria.inputs import InputCriterion, features
+from sparsetrain.criteria.inputs import InputCriterion
 from sparsetrain.errors import RecipeError
 
 
@@ -58,9 +58,8 @@ class Wanda(InputCriterion):
     def observe(self, seen: Seen) -> None:
         """Add ``||X_j||^2``."""
         super().observe(seen)
-        if seen.input is not None:
-            for piece in features(seen.tensor.module, seen.input):
-                self.add(seen.tensor.name, squares=piece.square().sum(1))
+        for piece in self.pieces(seen):
+            self.add(seen.tensor.name, squares=piece.square().sum(1))
 
     def rate(self, matrix: Tensor, name: str) -> Tensor:
         """``|W_ij| * ||X_j||``."""

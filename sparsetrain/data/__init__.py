@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparsetrain.data.augmentation import AugmentedSet, AugmentedVisionData
+from sparsetrain.data.domains import DomainSequence
 from sparsetrain.data.loading import BatchDataset, ResumableDataModule, ResumableLoader, TensorSet, identity
 from sparsetrain.data.text import TextData
 from sparsetrain.data.text_classification import LabelledTexts, TextClassificationData
@@ -14,6 +15,7 @@ __all__ = [
     "AugmentedSet",
     "AugmentedVisionData",
     "BatchDataset",
+    "DomainSequence",
     "LabelledTexts",
     "ResumableDataModule",
     "ResumableLoader",

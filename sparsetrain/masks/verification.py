@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -173,3 +174,16 @@ def free_zeros(manager: MaskManager) -> dict[str, float]:
             zeros = sharding.total([sharding.local(parameter.detach()) == 0], parameter)[0]
             found[plain_name(stored)] = (zeros - dead.get(plain_name(stored), 0)) / parameter.numel()
     return {name: share for name, share in found.items() if share > 0.01}
+
+
+def warn_of_zeros(manager: MaskManager, fate: str) -> None:
+    """Warn if a model that looks pruned already is about to be treated as dense; ``fate`` says what becomes of its zeros."""
+    for tensor in manager:
+        share = float((sharding.local(tensor.target.parameter.detach()) == 0).float().mean())
+        if share > 0.01:
+            warnings.warn(
+                f"{tensor.name} is {share:.0%} zero already, and these zeros are no masks: {fate}. To keep them call "
+                "method.use(model, MaskManager.adopt(model, pattern)) before fit (init_from does in a recipe)",
+                stacklevel=3,
+            )
+            return

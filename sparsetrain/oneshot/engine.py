@@ -54,7 +54,9 @@ def prune_oneshot(
         sparsity: fraction of zeros in [0, 1); may be left out where the pattern has only one (2:4 is 0.5).
         criterion: of weights, or of what layers are given or give: ``"wanda"``, ``"ria"``, ``"sparsegpt"``, ``"magnitude"``.
             Published Wanda compares within rows: pattern ``unstructured:row``.
-        allocation: ``"uniform"``, ``"erk"``, ...; one that needs all scores (``"owl"``, ``"global"``) takes a dense pass first.
+        allocation: ``"uniform"``, ``"erk"``, ...; one that needs all scores (``"owl"``, ``"global"``) takes a dense pass first,
+            and memory for the statistics of all tensors at once: of SparseGPT ``4 * in^2`` bytes for every input of ``in``
+            features (that of q, k and v counts once), 22 GB for a Llama of 7B; of Wanda next to nothing.
         run: gives a batch to the model; by default a mapping by name, of a tuple the first entry, a tensor as it is.
         streaming: see `Streaming`.
         work: a folder; after every block weights, masks and hidden states are kept there, and the same call goes on after a
@@ -64,8 +66,9 @@ def prune_oneshot(
 
     Before anything is changed: `RecipeError` for criteria that need gradients or training, for sharded models and for another
     run's ``work``; `PatternError` for what cannot be reached, and for zeros that are no masks; `DivergedError` for weights that
-    are not finite; `DataError` for no data. Later, saying what is pruned already: `DivergedError` naming the layer, block and
-    batch where activations are not finite, `DataError` or `TargetError` for inputs that are all zero or a layer no batch used.
+    are not finite; `DataError` for no data; `TargetError` for a layer that no sample uses. An expert that none was routed to is
+    pruned by magnitude and told (``unseen``). Later, saying what is pruned already: `DivergedError` naming the layer, block and
+    batch where activations are not finite, `DataError` for inputs that are all zero.
 
     Example::
 
@@ -83,7 +86,7 @@ def prune_oneshot(
         report = OneShotReport([row_of(t, own[t.name], "") for t in manager])
     else:
         how, folder = streaming or Streaming(), None if work is None else Path(work)
-        data = _data_for(score, batches, how, folder)
+        data = data_for(score, batches, how, folder)
         job = Job(manager, score, how, data, run or runner(manager.model), step)
         with at_rest(manager.model, [], gradients=False), tempfile.TemporaryDirectory() as scratch:
             report = job.run_all(sparsity, spread, folder, Path(scratch), progress)
@@ -94,7 +97,7 @@ def prune_oneshot(
     return report
 
 
-def _data_for(criterion: StatisticsCriterion, batches: Iterable[Any] | None, how: Streaming, folder: Path | None) -> list[Any]:
+def data_for(criterion: StatisticsCriterion, batches: Iterable[Any] | None, how: Streaming, folder: Path | None) -> list[Any]:
     """The batches as they go through the blocks. Raises for no data, and for a folder that several processes would share."""
     name = f"criterion {type(criterion).__name__}"
     if batches is None:

@@ -21,9 +21,11 @@ from sparsetrain.calibration import (
     count_samples,
     relative_error,
     require_seen,
+    siblings,
+    unused,
 )
 from sparsetrain.criteria import Known, StatisticsCriterion
-from sparsetrain.errors import SparsetrainError
+from sparsetrain.errors import SparsetrainError, TargetError
 from sparsetrain.masks import MaskedTensor, MaskManager, sharding
 from sparsetrain.oneshot.report import OneShotReport, OneShotRow
 from sparsetrain.oneshot.settings import DTYPES, Streaming, to_prune
@@ -51,7 +53,12 @@ def row_of(tensor: MaskedTensor, asked: Sparsity, block: str, **more: Any) -> On
 
 
 class Job:
-    """One run over all segments."""
+    """One run over all segments.
+
+    ``undone``: after an error whoever called undoes what was pruned.
+    """
+
+    undone = False
 
     def __init__(
         self,
@@ -63,6 +70,8 @@ class Job:
         step: int,
     ) -> None:
         self.manager, self.score, self.how, self.data, self.run, self.step = manager, score, how, data, run, step
+        #: Experts that are tensors of their own: one may stand for another where inputs are measured.
+        self.alike = siblings(manager.model, to_prune(manager)) if score.needs == "input" else []
 
     def run_all(
         self, sparsity: Sparsity | None, spread: Allocation, folder: Path | None, scratch: Path, progress: bool
@@ -78,6 +87,7 @@ class Job:
                 )
             )
             segments = self.stream.segments
+            self._require_used()
             self.work = together(lambda: Work(folder, self._asked(sparsity, spread) if folder else {}))
             pass_first = spread.pooled and not spread.by_shape
             two = sum(s.is_block for s in segments[:-1]) if self.how.inputs == "pruned" else 0
@@ -89,34 +99,57 @@ class Job:
                 self.score.reset()
             self.work.restore(self.manager, [s.targets for s in segments], self.stream.hidden, self.step)
             for number in range(self.work.done, len(segments)):
-                with _telling(segments[:number]):
+                with _telling([] if self.undone else segments[:number]):
                     bar.say(self._segment(segments[number]))
         self.score.reset()
         blocks = [block.name for block in self.stream.blocks]
         return OneShotReport(self.work.rows, blocks, count_samples(self.data), self.work.unseen)
 
-    def _measure_all(self) -> None:
-        """One dense pass over all blocks, after which every tensor can be scored."""
-        for segment in self.stream.segments:
-            first, _ = self._measure(segment, keep=True)
-            self.stream.put(segment, 0, first)
-        self.stream.hidden.clear()
+    def _require_used(self) -> None:
+        """Raise `TargetError`, while everything is dense, for a layer that no sample uses; mostly the first one uses all."""
+        pruned = {t.name: t.target.module for t in to_prune(self.manager)}
+        idle = {name: pruned[name] for s in self.stream.segments for name in s.idle if name in pruned}
+        lost = together(lambda: unused(idle, self.alike, self.run, self.data))
+        for name in sorted(set.intersection(*agree(None, lost))):
+            raise TargetError(
+                f"criterion {type(self.score).__name__} cannot score {name}: no batch used its layer; leave it out "
+                "(targets.exclude), or use criterion 'magnitude'. Nothing was pruned"
+            )
 
-    def _measure(self, segment: Segment, keep: bool) -> tuple[Any, list[str]]:
+    def _measure_all(self) -> None:
+        """One dense pass over all blocks, after which every tensor can be scored; another where layers that were given one
+        tensor are given different ones later on."""
+        for share in (True, False):
+            try:
+                for segment in self.stream.segments:
+                    first, _ = self._measure(segment, True, (share,))
+                    self.stream.put(segment, 0, first)
+                return
+            except NotShared:
+                self.score.reset()
+            finally:
+                self.stream.hidden.clear()
+
+    def _measure(self, segment: Segment, keep: bool, shares: tuple[bool, ...]) -> tuple[Any, list[str]]:
+        """Measure a segment, layers with one input once (True) or each for itself (False); raises `NotShared`, on every rank,
+        if True is all there is and does not do."""
         tensors = to_prune(self.stream.tensors_of(segment))
-        for share in (not keep, False):
-            watch, problem, first = LayerWatch(tensors, self.score, share), None, None
+        for share in shares:
+            watch, problem, first, apart = LayerWatch(tensors, self.score, share, self.alike), None, None, False
             for part in (p for parts in watch.parts.values() for p in parts):
                 self.score.memory.pop(part.name, None)
             try:
                 first = self.stream.measure(segment, watch, keep)
             except NotShared:
-                continue
+                apart = True
             except SparsetrainError as error:
                 problem = error
-            unseen = watch.finish(problem)
-            require_seen(self.score, tensors)
-            break
+            if shares == (True,) and any(agree(None, apart)):
+                raise NotShared
+            if not apart:
+                break
+        unseen = watch.finish(problem)
+        require_seen(self.score, tensors)
         return first, unseen
 
     def _segment(self, segment: Segment) -> str:
@@ -126,9 +159,10 @@ class Job:
         first, unseen, error = None, list[str](), None
         changes = bool(to_prune(stream.tensors_of(segment)))
         if changes:
-            first, unseen = self._measure(segment, keep=dense_inputs)
-            own = {name: plan[name] for name in segment.targets}
-            prune(self.manager, criterion=self.score, own=own, only=own, regrow=False, step=self.step, why="one-shot")
+            self.enter(segment)
+            # What a block was given is gone once it is taken on: then nothing can be measured again.
+            first, unseen = self._measure(segment, dense_inputs, (False,) if dense_inputs else (True, False))
+            self.choose(segment, {name: plan[name] for name in segment.targets}, unseen)
             self.score.memory.clear()
         if dense_inputs and changes:
             after = stream.peek(segment)
@@ -143,7 +177,7 @@ class Job:
         for tensor in stream.tensors_of(segment):
             parts = {part.name for part in Known.parts(tensor)}
             idle = len(parts & set(unseen))
-            told = [f"{idle} of {len(parts)} experts saw no data"] * bool(idle)
+            told = [f"{idle} of {len(parts)} experts saw no data" if len(parts) > 1 else "saw no data"] * bool(idle)
             told += dict.fromkeys(notes[name] for name in sorted({tensor.name, *parts}) if name in notes)
             row = row_of(tensor, plan[tensor.name], segment.name, error=error, seconds=seconds, note="; ".join(told))
             rows.append(row)
@@ -152,6 +186,13 @@ class Job:
         share = sum(r.actual * r.numel for r in rows) / max(1, sum(r.numel for r in rows))
         off = "" if error is None else f", output off by {error:.4f}"
         return f"{segment.name}: {len(rows)} tensors, sparsity {share:.4f}{off}, {seconds:.1f} s" if rows else ""
+
+    def enter(self, segment: Segment) -> None:
+        """A segment is about to be measured."""
+
+    def choose(self, segment: Segment, own: dict[str, Sparsity], unseen: list[str]) -> None:
+        """Prune what was measured, each tensor to its sparsity; ``unseen``: experts that no sample was routed to."""
+        prune(self.manager, criterion=self.score, own=own, only=own, regrow=False, step=self.step, why="one-shot")
 
     def _asked(self, sparsity: Sparsity | None, spread: Allocation) -> dict[str, Any]:
         """What must be the same for a run to go on."""

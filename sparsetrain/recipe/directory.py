@@ -21,6 +21,7 @@ from sparsetrain.report import write_report
 FREE = (
     "question",
     "dense_twin",
+    "references",
     "checkpoint_every",
     *(f"trainer.{key}" for key in ("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps")),
     *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps")),
@@ -42,10 +43,12 @@ def resume_path(ckpt_path: str | None, out: Path) -> Path | None:
     last = last_checkpoint(out)
     path = last if ckpt_path == "last" else None if ckpt_path is None else Path(ckpt_path)
     used = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    # A run over domains goes on from its stages.
+    ready = last.is_file() or ((out / "domains").is_dir() and (out / "config.yaml").is_file())
     if used and (path is None or path.absolute().parent != last.absolute().parent):
-        way = "go on with the run in it: --ckpt_path last" if last.is_file() else "delete it: it holds no checkpoint"
+        way = "go on with the run in it: --ckpt_path last" if ready else "delete it: it holds no checkpoint"
         raise RecipeError(f"{out} is in use; choose another directory with --out, or {way}")
-    if path is not None and not path.is_file():
+    if path is not None and not (path.is_file() or (path == last and ready)):
         again = f"; the run in {out} ended before its first checkpoint, delete it and" if used else ";"
         raise RecipeError(f"there is no checkpoint {path} to go on from{again} start the run without --ckpt_path")
     return path

@@ -29,7 +29,7 @@ from typing import Any
 from sparsetrain.allocation.files import is_number
 from sparsetrain.errors import RecipeError, nearest
 from sparsetrain.recipe.directory import flat
-from sparsetrain.recipe.jobs import Job, make_job
+from sparsetrain.recipe.jobs import Job, make_job, require_same
 from sparsetrain.recipe.schema import load_recipe, parse_yaml, read_yaml, recipe_parser
 
 _KEYS = {"question", "recipe", "seeds", "model", "data", "rows"}
@@ -146,6 +146,7 @@ def require_runnable(job: Job) -> None:
     try:
         if job.kind != "run":
             read_yaml(recipe)
+            require_same(job)
             return
         config = load_recipe(recipe, overrides)
     except RecipeError as error:

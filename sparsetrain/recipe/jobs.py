@@ -15,10 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsetrain.callbacks.files import written
 from sparsetrain.errors import RecipeError
+from sparsetrain.recipe.directory import flat
+from sparsetrain.recipe.schema import read_yaml
 
 #: What a command leaves when it has finished.
 _DONE = {"run": "metrics.json", "sensitivity": "sensitivity.json", "predict": "allocation.json"}
+#: What a command was asked that does not write so itself.
+_ASKED = "asked.json"
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,33 @@ def make_job(
     return Job(out, kind, (kind, str(recipe), "--seed", str(seed), *options), needs)
 
 
+def require_same(job: Job) -> None:
+    """Raise `RecipeError` where the job's directory holds a finished scan or prediction of another command or recipe.
+
+    Of a finished run its metrics and configuration say that. Example: ``require_same(job)`` before what it left is read.
+    """
+    if job.kind == "run" or not (job.out / _DONE[job.kind]).is_file():
+        return
+    way = "Delete that directory, or choose another --work"
+    try:
+        was, now = json.loads((job.out / _ASKED).read_text(encoding="utf-8")), _asked(job)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{job.out} holds a finished {job.kind}, and no {_ASKED} says of what ({error}). {way}") from error
+    for key in {**was, **now}:
+        if was.get(key) != now.get(key):
+            raise RecipeError(
+                f"{job.out} holds a finished {job.kind} of another command or recipe: {key} was {was.get(key, 'absent')} and is "
+                f"{now.get(key, 'absent')}. {way}"
+            )
+
+
+def _asked(job: Job) -> dict[str, Any]:
+    """The command, and every value of the recipe file it reads."""
+    recipe = {key: value for key, value in flat(read_yaml(Path(job.command[1]))).items() if key != "question"}
+    found: dict[str, Any] = json.loads(json.dumps({"command": " ".join(job.command)} | recipe, default=str))
+    return found
+
+
 def run_jobs(todo: Sequence[Job], jobs: int) -> list[dict[str, Any]]:
     """What every job left, in order; after an error or Ctrl-C none is started any more."""
     stop = threading.Event()
@@ -81,12 +113,16 @@ def run_jobs(todo: Sequence[Job], jobs: int) -> list[dict[str, Any]]:
 
 def _run(job: Job) -> dict[str, Any]:
     left = job.out / _DONE[job.kind]
+    require_same(job)
     if not left.is_file():
         began = time.monotonic()
         last = job.out / "checkpoints" / "last.ckpt"
         resume = ["--ckpt_path", "last"] if job.kind == "run" and last.is_file() else []
         if not resume and job.kind == "run" and job.out.exists():
             shutil.rmtree(job.out)  # broken off before its first checkpoint
+        if job.kind != "run":
+            with written(job.out / _ASKED) as partial:
+                partial.write_text(json.dumps(_asked(job), indent=1), encoding="utf-8")
         command = [sys.executable, "-m", "sparsetrain.cli", *job.command, "--out", str(job.out), *resume]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -12,9 +12,11 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import nn
 
-from sparsetrain.callbacks import OneShotPruning, SparsityCallback
+from sparsetrain.callbacks import ContinualPruning, OneShotPruning, SparsityCallback
 from sparsetrain.recipe.build import build, require_lightning
 
+#: Where the dense numbers are from.
+DENSE_TWIN = "dense twin: the same recipe without pruning"
 #: Endings of metric names: the first that was logged is what a run is judged by.
 _MAIN = ("accuracy", "perplexity")
 #: Those that are better when low.
@@ -34,21 +36,18 @@ def evaluate(
     ``dense`` are the metrics of the twin, else of the weights right before the first pruning: as they were at the end of the
     dense phase, or as they came, if they were trained before this run. Else None.
     """
-    final = _test(config, model, data)
+    final = measured(config, model, data)
     dense, source = None, None
     if twin is not None:
-        dense, source = twin["final"], "dense twin: the same recipe without pruning"
+        dense, source = twin["final"], DENSE_TWIN
     elif method is not None and dense_file.is_file():
         before = copy.deepcopy(model)
         saved = torch.load(dense_file, map_location="cpu", weights_only=True)
         before.load_state_dict(saved["state_dict"])
-        dense, source = _test(config, before, data), f"end of the dense phase (step {saved['global_step']})"
+        dense, source = measured(config, before, data), f"end of the dense phase (step {saved['global_step']})"
     elif method is not None and (start := dense_start(config, model)) is not None:
-        dense, source = _test(config, start, data), "the model as it came, before pruning"
-    named = [name for kind in _MAIN for name in final if name.endswith(kind)] or sorted(final)
-    return {
-        "metric": named[0] if named else None,
-        "higher_is_better": bool(named) and not named[0].endswith(_LOWER),
+        dense, source = measured(config, start, data), "the model as it came, before pruning"
+    return main_metric(final) | {
         "dense": dense,
         "dense_from": source,
         "final": final,
@@ -57,10 +56,17 @@ def evaluate(
     }
 
 
+def main_metric(final: dict[str, float]) -> dict[str, Any]:
+    """The keys ``metric`` and ``higher_is_better``: accuracy, else perplexity, else the first by name."""
+    named = [name for kind in _MAIN for name in final if name.endswith(kind)] or sorted(final)
+    return {"metric": named[0] if named else None, "higher_is_better": bool(named) and not named[0].endswith(_LOWER)}
+
+
 def only_prunes(config: Namespace) -> bool:
-    """Whether a recipe asks for a model pruned as it is: `OneShotPruning` and not one step of training."""
+    """Whether a recipe asks for a model pruned as it is: a method that can do without training, and not one step of it."""
     method = config.method is not None and config.method.class_path.rsplit(".", 1)[-1]
-    return method == OneShotPruning.__name__ and 0 in (config.trainer.max_epochs, config.trainer.max_steps)
+    alone = (OneShotPruning.__name__, ContinualPruning.__name__)
+    return method in alone and 0 in (config.trainer.max_epochs, config.trainer.max_steps)
 
 
 def dense_start(config: Namespace, model: LightningModule) -> LightningModule | None:
@@ -100,7 +106,7 @@ def silent_trainer(config: Namespace, batches: int | None = None) -> Trainer:
     )
 
 
-def _test(config: Namespace, model: LightningModule, data: LightningDataModule) -> dict[str, float]:
+def measured(config: Namespace, model: LightningModule, data: LightningDataModule) -> dict[str, float]:
     """Metrics of the test set, or of the validation set where a data module has no test set."""
     quiet = silent_trainer(config)
     tests = type(model).test_step is not LightningModule.test_step
@@ -111,11 +117,11 @@ def _test(config: Namespace, model: LightningModule, data: LightningDataModule) 
 
 
 def sparsity(method: SparsityCallback | None, model: nn.Module) -> dict[str, Any]:
-    """The keys ``sparsity``, ``layers``, ``verified``, ``problems`` and ``changes`` of metrics.json."""
+    """The keys ``sparsity``, ``layers``, ``unclaimed``, ``verified``, ``problems`` and ``changes`` of metrics.json."""
     parameters = sum(p.numel() for p in model.parameters())
     if method is None:
         empty = {"asked": 0.0, "actual": 0.0, "prunable": 0, "kept": 0, "compression": 1.0, "model": 0.0}
-        return {"sparsity": empty, "layers": [], "verified": True, "problems": [], "changes": []}
+        return {"sparsity": empty, "layers": [], "unclaimed": {}, "verified": True, "problems": [], "changes": []}
     verification = method.masks.verify()
     rows = verification.rows
     prunable = sum(math.prod(row.shape) for row in rows)
@@ -144,6 +150,7 @@ def sparsity(method: SparsityCallback | None, model: nn.Module) -> dict[str, Any
             }
             for row in rows
         ],
+        "unclaimed": dict(method.masks.unclaimed),
         "verified": verification.ok and missing is None,
         "problems": verification.problems + ([missing] if missing else []),
         "changes": [

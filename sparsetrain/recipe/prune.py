@@ -17,13 +17,14 @@ from sparsetrain.allocation import get_allocation
 from sparsetrain.criteria import get_criterion
 from sparsetrain.data import TextData
 from sparsetrain.data.tokenized import require_fit
-from sparsetrain.data.tokens import find_model
-from sparsetrain.errors import RecipeError
+from sparsetrain.errors import RecipeError, nearest
 from sparsetrain.masks import MaskManager
 from sparsetrain.oneshot import OneShotReport, Streaming, prune_oneshot, validate_oneshot
+from sparsetrain.oneshot.settings import DTYPES
 from sparsetrain.patterns import parse_pattern
 from sparsetrain.targets import Targets
 from sparsetrain.tasks.perplexity import evaluating, logits_of, next_token_loss, require_causal
+from sparsetrain.tasks.places import locate
 from sparsetrain.tasks.pretrained import _transformers, load_network, require_free, save_pretrained
 
 #: What the published methods compare: weights of one row.
@@ -43,8 +44,9 @@ class Prune:
         tokenizer: by default the model's own.
         samples, window, seed: so many random windows of training text are looked at.
         evaluate: so many windows of validation text give the perplexity before and after; 0 for none.
-        streaming: see `Streaming`.
+        streaming: see `Streaming`; blocks run in float32.
         include, exclude: regular expressions of tensor names, see `Targets`.
+        weights: type of what is pruned and written, ``"float32"`` and so on; ``"auto"``: as the model was saved.
 
     Example: ``Prune("models/llama", "shakespeare", pattern="2:4")``.
     """
@@ -60,9 +62,10 @@ class Prune:
     window: int = 256
     seed: int = 0
     evaluate: int = 64
-    streaming: Streaming = field(default_factory=Streaming)
+    streaming: Streaming = field(default_factory=lambda: Streaming(dtype="float32"))
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    weights: str = "auto"
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.evaluate < 0 or self.window < 2 or self.seed < 0:
@@ -70,15 +73,19 @@ class Prune:
                 f"samples={self.samples}, window={self.window}, evaluate={self.evaluate}, seed={self.seed}: at least 1 sample "
                 "of 2 tokens; evaluate and seed not negative"
             )
+        if self.weights not in (known := ("auto", *DTYPES)):
+            raise RecipeError(f"weights={self.weights!r}; use one of {', '.join(known)}.{nearest(self.weights, known)}")
 
 
 def prune_model(asked: Prune, out: Path, work: Path | None = None, overwrite: bool = False) -> dict[str, Any]:
     """Prune a model into the folder ``out`` and return what was done, which is in its ``sparsetrain.json`` too.
 
-    The model is loaded and written in float32. Raises `RecipeError` and its kin for what cannot work; nothing is written then,
-    and nothing overwritten. Example: ``prune_model(Prune("models/llama", "shakespeare", pattern="2:4"), Path("pruned"))``.
+    The model is written in the type it was saved in, unless another is asked for. Raises `RecipeError` and its kin for what
+    cannot work; nothing is written then, and nothing overwritten.
+
+    Example: ``prune_model(Prune("models/llama", "shakespeare", pattern="2:4"), Path("pruned"))``.
     """
-    require_free(out, overwrite)
+    require_free(out, overwrite, "--overwrite")
     for name, folder in (("--out", out), ("--work", work)):
         # Told now, not when the pruned model is to be written.
         taken = [place for place in (folder, *folder.parents) if place.is_file()] if folder is not None else []
@@ -86,8 +93,9 @@ def prune_model(asked: Prune, out: Path, work: Path | None = None, overwrite: bo
             raise RecipeError(f"{name} {folder}: {taken[0]} is a file; choose another folder")
     pattern = asked.pattern or ("unstructured:row" if asked.criterion in _WITHIN_ROWS else "unstructured")
     parse_pattern(pattern)
-    network, writes = network_of(asked.model)
-    data = TextData(asked.data, tokenizer=asked.tokenizer or asked.model, window=asked.window)
+    folder = locate(asked.model)
+    network, writes = network_of(folder, asked.weights)
+    data = TextData(asked.data, tokenizer=asked.tokenizer or folder, window=asked.window)
     require_fit(network, data.vocab_size, asked.window)
     manager = MaskManager(network, Targets(include=asked.include, exclude=asked.exclude), pattern)
     criterion, allocation = get_criterion(asked.criterion), get_allocation(asked.allocation)
@@ -113,16 +121,18 @@ def prune_model(asked: Prune, out: Path, work: Path | None = None, overwrite: bo
     return found
 
 
-def network_of(model: str) -> tuple[nn.Module, bool]:
+def network_of(model: str, dtype: str = "auto") -> tuple[nn.Module, bool]:
     """The network in a folder or of a name, head and all, and whether it writes text (so that it has a perplexity).
 
-    Raises `RecipeError` for what is not there, and for a network that does not read text, or more than that.
+    ``dtype``: of its weights; ``"auto"``: as they were saved. Raises `RecipeError` for what is not there, and for a network
+    that does not read text, or more than that.
 
     Example: ``network, writes = network_of("models/llama")``.
     """
     transformers = _transformers()
+    folder = locate(model)
     try:
-        config = transformers.AutoConfig.from_pretrained(find_model(model))
+        config = transformers.AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"model {model!r} cannot be loaded: {' '.join(str(error).split())[:200]}. Give a folder that from_pretrained "
@@ -132,7 +142,7 @@ def network_of(model: str) -> tuple[nn.Module, bool]:
     kind = next((k for k in _HEADS if name.endswith(f"For{k}")), "CausalLM" if name.endswith("LMHeadModel") else "")
     network = None
     if not config.is_encoder_decoder and (kind or name.endswith("Model")):
-        network = load_network(kind, model, None)
+        network = load_network(kind, model, None, DTYPES.get(dtype, dtype))
     if network is None or type(network).__name__ != name or network.main_input_name != "input_ids":
         # Loaded as anything else it would lose its head.
         raise RecipeError(

@@ -5,38 +5,32 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 
-from sparsetrain.callbacks import DepthPruning, OneShotPruning, SparsityCallback
-from sparsetrain.callbacks.checkpoints import AtomicCheckpoints, StopOnDivergence
+from sparsetrain.callbacks import DepthPruning
 from sparsetrain.callbacks.files import written
-from sparsetrain.callbacks.progress import EpochLines
+from sparsetrain.continual.matrix import reference_metrics
+from sparsetrain.data import DomainSequence
 from sparsetrain.errors import DivergedError, RecipeError
 from sparsetrain.masks import save_masks
-from sparsetrain.recipe.build import Built, as_recipe_error, build, instantiate, require_lightning
-from sparsetrain.recipe.directory import WriteConfig, check_resume, last_checkpoint, resume_path, write_metrics
+from sparsetrain.recipe.build import Built, build, instantiate, require_lightning
+from sparsetrain.recipe.directory import check_resume, last_checkpoint, resume_path, write_metrics
+from sparsetrain.recipe.domains import check_domains, run_domains
 from sparsetrain.recipe.flops import flops
-from sparsetrain.recipe.history import History
-from sparsetrain.recipe.metrics import evaluate, only_prunes, sparsity
+from sparsetrain.recipe.metrics import DENSE_TWIN, evaluate, only_prunes, sparsity
 from sparsetrain.recipe.quiet import quiet
 from sparsetrain.recipe.schema import load_recipe, recipe_parser
-from sparsetrain.schedules import Clock
+from sparsetrain.recipe.train import fit
 
 _PACKAGES = ("sparsetrain", "torch", "lightning", "jsonargparse")
 
@@ -62,24 +56,21 @@ def run(
         config.init_from = str(Path(config.init_from).absolute())
     text = recipe_parser().dump(config, skip_unset=False)
     seed_everything(config.seed, workers=True, verbose=False)
-    built = build(config, load=resume is None)
+    several = config.data is not None and config.data.class_path.endswith(f".{DomainSequence.__name__}")
+    # Stages of a sequence are gone on from one by one.
+    built = build(config, load=resume is None or several)
     model = require_lightning(built.model)
     if built.data is None:
         raise RecipeError("the recipe names no data; add data: {class_path: VisionData, init_args: {name: digits}}")
-    record = {
-        "recipe": recipe.stem,
-        "question": config.question,
-        "command": command or " ".join(["sparsetrain run", str(recipe), *overrides]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": config.seed,
-        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-    }
-    step = check_resume(resume, text, model) if resume is not None else 0
+    record = _record(recipe, overrides, config, command)
+    step = 0 if resume is None else _going_on(resume, ckpt_path, out, text, built)
+    found: dict[str, Any] = {}
     with quiet():
         try:
-            _train(config, built, out, text, resume, step)
+            if several:
+                found = run_domains(config, built, out, text)
+            else:
+                fit(config, built, out, text, resume, step)
         except DivergedError as error:
             seconds = {"total": round(time.monotonic() - began, 2)}
             raise _diverged(out, record | {"seconds": seconds}, error) from error
@@ -87,8 +78,12 @@ def run(
         # Without training the model as it came is its own twin.
         trains = config.method is not None and not only_prunes(config)
         twin = dense_twin(recipe, overrides, out) if config.dense_twin and trains else None
-        dense_file = out / "checkpoints" / "dense.ckpt"
-        metrics = record | evaluate(config, model, built.data, built.method, dense_file, twin)
+        if several:
+            found |= {} if twin is None else {"dense": twin["final"], "dense_from": DENSE_TWIN}
+            found["continual"] |= _references(config, recipe, overrides, out, found)
+        else:
+            found = evaluate(config, model, built.data, built.method, out / "checkpoints" / "dense.ckpt", twin)
+        metrics = record | found
         metrics |= sparsity(built.method, model)
         metrics |= _facts(config, built, model)
         metrics["seconds"] = {"total": round(time.monotonic() - began, 2), "fit": round(fitted - began, 2)}
@@ -99,6 +94,46 @@ def run(
                 save_masks(partial, masks)
         write_metrics(out, metrics)
     return metrics
+
+
+def _record(recipe: Path, overrides: Sequence[str], config: Namespace, command: str) -> dict[str, Any]:
+    """What metrics.json says of the circumstances."""
+    return {
+        "recipe": recipe.stem,
+        "question": config.question,
+        "command": command or " ".join(["sparsetrain run", str(recipe), *overrides]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": config.seed,
+        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def _going_on(resume: Path, ckpt_path: str | None, out: Path, text: str, built: Built) -> int:
+    """The step to go on from, in a run that is one fit; raises unless this recipe can go on there."""
+    if not isinstance(built.data, DomainSequence):
+        return check_resume(resume, text, require_lightning(built.model))
+    if resume != last_checkpoint(out):
+        raise RecipeError(f"a run over domains goes on from its own directory: --ckpt_path last, not {ckpt_path}")
+    check_domains(out, text, built.data.names)
+    return 0
+
+
+def _references(
+    config: Namespace, recipe: Path, overrides: Sequence[str], out: Path, found: dict[str, Any]
+) -> dict[str, float]:
+    """How far continual pruning is from every domain pruned for itself, and from all of them at once."""
+    if not config.references:
+        return {}
+    runs = {}
+    for mode in ("fresh", "joint"):
+        print(f"reference: the same recipe with memory.mode {mode}")
+        where = out / mode
+        asked = [*overrides, "--method.memory.mode", mode, "--references", "false"]
+        runs[mode] = run(recipe, asked, where, "last" if last_checkpoint(where).is_file() else None)["continual"]["matrix"]
+    matrix = found["continual"]["matrix"]
+    return reference_metrics(matrix, found["higher_is_better"], runs["fresh"], runs["joint"])
 
 
 def _facts(config: Namespace, built: Built, model: LightningModule) -> dict[str, Any]:
@@ -118,105 +153,6 @@ def _facts(config: Namespace, built: Built, model: LightningModule) -> dict[str,
 def _speaks() -> bool:
     """With several processes one writes and prints."""
     return int(getattr(rank_zero_only, "rank", 0)) == 0
-
-
-def _train(config: Namespace, built: Built, out: Path, text: str, resume: Path | None, step: int) -> None:
-    """Fit, and leave checkpoints/final.ckpt. Raises `KeyboardInterrupt` when Lightning was interrupted."""
-    # Building has taken any number of random numbers.
-    seed_everything(config.seed, workers=True, verbose=False)
-    history = History(out / "history.jsonl", resume_step=step if resume is not None else None)
-    trainer = make_trainer(config, built, out, history, text)
-    method = built.method
-    if method is not None:
-        method.before_first_change = lambda t: _save_dense(t, method, out)
-    if isinstance(method, OneShotPruning) and only_prunes(config) and Clock(100, 10).steps(method.schedule.at):
-        raise RecipeError(f"nothing would be pruned: method.start is {method.schedule.at}, and no step is trained; write 0st")
-    if 0 in (trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches):
-        raise RecipeError(
-            f"nothing would be trained: trainer.max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
-            f"limit_train_batches={config.trainer.limit_train_batches}; give all of them more than 0 (only method "
-            "OneShotPruning can do without training)"
-        )
-    with lightning_as_recipe_errors():
-        trainer.fit(
-            require_lightning(built.model),
-            datamodule=built.data,
-            ckpt_path=None if resume is None else str(resume),
-            weights_only=None,
-        )
-    trainer.save_checkpoint(out / "checkpoints" / "final.ckpt")
-
-
-@contextmanager
-def lightning_as_recipe_errors() -> Iterator[None]:
-    """Lightning's complaints about options are the recipe's; its exit on Ctrl-C is an interrupt again."""
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except MisconfigurationException as error:
-        raise RecipeError(f"Lightning refuses: {' '.join(str(error).split())}") from error
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
-        raise
-    finally:
-        # Lightning ignores Ctrl-C from the first one on, for good.
-        if main and handler is not None:
-            signal.signal(signal.SIGINT, handler)
-
-
-def _save_dense(trainer: Trainer, method: SparsityCallback, out: Path) -> None:
-    # A run that starts from a sparse model has no dense phase.
-    if not method.masks.masks:
-        trainer.save_checkpoint(out / "checkpoints" / "dense.ckpt", weights_only=True)
-
-
-def make_trainer(config: Namespace, built: Built, out: Path, history: History, text: str) -> Trainer:
-    """The trainer of a run: atomic checkpoints, history, progress, and a guard against divergence."""
-    every = str(config.checkpoint_every)
-    if every.endswith("%"):
-        raise RecipeError(f"checkpoint_every {every!r}: write it in epochs or steps, such as 1ep or 500st")
-    steps = None if every.endswith("ep") else Clock(None, None).steps(every)
-    if steps == 0:
-        raise RecipeError(f"checkpoint_every {every!r}: never is not often enough; write 1ep or 500st")
-    epochs = None if steps else max(1, Clock(None, 1).steps(every))
-    last = ModelCheckpoint(
-        dirpath=out / "checkpoints",
-        filename="last",
-        every_n_train_steps=steps,
-        every_n_epochs=epochs,
-        save_on_train_epoch_end=None if steps else True,
-        enable_version_counter=False,
-        auto_insert_metric_name=False,
-    )
-    live, alone = sys.stdout.isatty(), only_prunes(config)
-    callbacks: list[Callback] = [
-        *([] if built.method is None else [built.method]),
-        *built.callbacks,
-        StopOnDivergence(),
-        WriteConfig(out, text),
-        last,
-        *([PruneAlone()] if alone else []),
-        RichProgressBar() if live else EpochLines(),
-    ]
-    options = dict(config.trainer) | (PruneAlone.OPTIONS if alone else {})
-    options["enable_progress_bar"] = live and options.get("enable_progress_bar") is not False
-    options["enable_model_summary"] = bool(options.get("enable_model_summary"))
-    with as_recipe_error("trainer"):
-        return Trainer(**options, callbacks=callbacks, logger=history, plugins=[AtomicCheckpoints()], default_root_dir=str(out))
-
-
-class PruneAlone(Callback):
-    """Ends a run as soon as it has begun: with 0 steps Lightning does not begin at all, and no method comes to its turn."""
-
-    OPTIONS: ClassVar[dict[str, Any]] = {"max_epochs": 1, "max_steps": -1, "num_sanity_val_steps": 0} | dict.fromkeys(
-        ("min_epochs", "min_steps", "max_time")
-    )
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The method has had its turn."""
-        trainer.should_stop = True
 
 
 def dense_twin(recipe: Path, overrides: Sequence[str], out: Path) -> dict[str, Any]:

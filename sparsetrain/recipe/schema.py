@@ -76,6 +76,9 @@ def recipe_parser(prog: str = "sparsetrain run", description: str | None = None)
         help="start from these weights: a checkpoint, a run, $SPARSETRAIN_DATA/models/NAME",
     )
     parser.add_argument("--dense_twin", type=bool, default=False, help="train the same recipe without the method too")
+    parser.add_argument(
+        "--references", type=bool, default=False, help="prune each domain for itself, and all at once, too (ContinualPruning)"
+    )
     parser.add_argument("--checkpoint_every", type=str, default="1ep", help="how often last.ckpt is written: 1ep, 500st")
     parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=set(_OURS))
     integers_first(parser)

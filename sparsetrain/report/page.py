@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 
 from sparsetrain.report import wording
+from sparsetrain.report.domains import domain_facts, domains_plot
 from sparsetrain.report.plots import data_uri, mask_pictures, training_plot
 from sparsetrain.report.rounds import round_metric, round_rows, rounds_plot
 from sparsetrain.report.run_directory import Run, read_run
@@ -94,6 +95,7 @@ def _context(run: Run, name: str) -> dict[str, Any]:
     plot = training_plot(run.history, metrics.get("metric") or "", changed)
     rounds = (metrics.get("method") or {}).get("rounds") or []
     drawn = rounds_plot(rounds)
+    domains = domains_plot(metrics)
     layers = [{**dict.fromkeys(LAYER_OPTIONAL), **layer} for layer in metrics.get("layers") or []]
     return {
         "metrics": {**dict.fromkeys((*OPTIONAL, "versions")), **metrics},
@@ -109,11 +111,14 @@ def _context(run: Run, name: str) -> dict[str, Any]:
         "rounds": round_rows(rounds),
         "round_metric": round_metric(rounds),
         "rounds_plot": data_uri(drawn, "image/svg+xml") if drawn else "",
+        "domains_plot": data_uri(domains, "image/svg+xml") if domains else "",
+        "domain_facts": domain_facts(metrics),
         "notes": run.notes,
         "pictures": mask_pictures(run.masks),
         "masks": len(run.masks),
         "patterns": {layer["name"]: layer["pattern"] for layer in layers},
         "layers": layers,
+        "unclaimed": metrics.get("unclaimed") or {},
         "changes": changes,
         "change_note": change_note,
         "fold": FOLD,

@@ -18,6 +18,7 @@ from sparsetrain.report.wording import (
     percent,
     shape_text,
     times,
+    unclaimed,
     value_text,
 )
 
@@ -89,6 +90,7 @@ def result_table(metrics: Mapping[str, Any]) -> Table:
     table.add_section()
     add("verified", "", _verified(metrics), "", "")
     notes = [f"dense: {metrics['dense_from']}"] if metrics.get("dense") and metrics.get("dense_from") else []
+    notes += [f"not claimed: {left}"] if (left := unclaimed(metrics)) else []
     notes += [f"problem: {problem}" for problem in failures(metrics)]
     notes += [str(metrics["message"])] if diverged(metrics) and metrics.get("message") else []
     if notes:

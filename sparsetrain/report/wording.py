@@ -120,6 +120,16 @@ def diverged(metrics: Mapping[str, Any]) -> bool:
     return metrics.get("status") == "diverged"
 
 
+def unclaimed(metrics: Mapping[str, Any]) -> str:
+    """The weights that masks could have held and do not, in a line: the first three by name, and why; empty without any.
+
+    Example: ``unclaimed({"unclaimed": {"head.weight": "has no zeros, stays dense"}})``.
+    """
+    found = metrics.get("unclaimed") or {}
+    more = f"; and {len(found) - 3} more, in metrics.json" if len(found) > 3 else ""
+    return "; ".join(f"{name}: {why}" for name, why in list(found.items())[:3]) + more
+
+
 def main_change(metrics: Mapping[str, Any]) -> str:
     """Write the run's own metric, dense to sparse: ``"accuracy 97.20 % → 96.90 % (−0.30 pp)"``; empty without one.
 

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sparsetrain.data.tokens import find_model
 from sparsetrain.errors import MaskStateError, RecipeError, nearest
 from sparsetrain.tasks.perplexity import evaluating
+from sparsetrain.tasks.places import locate
 
 #: What every configuration takes beside the arguments of its class.
 _COMMON = {"num_labels", "rope_theta", "rope_scaling"}
@@ -32,8 +32,10 @@ class SavesTokenizer(Protocol):
         """Write its files."""
 
 
-def load_network(kind: str, model: str | None, config: dict[str, Any] | None, **options: Any) -> Any:
-    """Return a transformers model in float32: from a folder or hub name, or with random weights from a configuration.
+def load_network(
+    kind: str, model: str | None, config: dict[str, Any] | None, dtype: torch.dtype | str = torch.float32, **options: Any
+) -> Any:
+    """Return a transformers model: from a folder or hub name, or with random weights from a configuration (in float32).
 
     On the meta device (``sparsetrain plan``) no weights are read.
 
@@ -41,6 +43,7 @@ def load_network(kind: str, model: str | None, config: dict[str, Any] | None, **
         kind: ``"CausalLM"``, ``"SequenceClassification"``, or ``""`` for the bare network, such as an encoder.
         model: a ``from_pretrained`` folder (also by its name in ``$SPARSETRAIN_DATA/models``) or a name on the hub.
         config: ``model_type`` and arguments of its configuration, with ``vocab_size``.
+        dtype: of what is loaded: float32, as training wants it; ``"auto"``: as it was saved.
         options: of the configuration, over what it says itself (``num_labels``).
 
     Raises:
@@ -57,11 +60,13 @@ def load_network(kind: str, model: str | None, config: dict[str, Any] | None, **
     if config is not None:
         return _built(transformers, auto, config | chosen)
     try:
-        folder = find_model(str(model))
+        folder = locate(str(model))
         if torch.get_default_device().type == "meta":
             return auto.from_config(transformers.AutoConfig.from_pretrained(folder, **chosen))
         with _silent(transformers):
-            network, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **chosen)
+            network, info = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True, **chosen)
+    except RecipeError:
+        raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = " ".join(str(error).split())[:300]
         raise RecipeError(
@@ -190,16 +195,16 @@ def save_pretrained(
     return Path(folder)
 
 
-def require_free(folder: Path, overwrite: bool = False) -> None:
+def require_free(folder: Path, overwrite: bool = False, way: str = "overwrite=True") -> None:
     """Raise `RecipeError` unless a model may be written to ``folder``: it is new, empty, or holds a model to be replaced.
 
-    Example: ``require_free(Path("pruned"), overwrite=True)``.
+    ``way``: how whoever asks says ``overwrite``. Example: ``require_free(Path("pruned"), overwrite=True)``.
     """
     target = folder.resolve()
     if not target.exists():
         return
     if not target.is_dir() or (any(target.iterdir()) and not overwrite):
-        raise RecipeError(f"{target} is in use; choose another folder, or overwrite=True to replace it")
+        raise RecipeError(f"{target} is in use; choose another folder, or {way} to replace it")
     if Path.cwd().is_relative_to(target):
         raise RecipeError(f"{target} is the working directory, or holds it, and would be replaced; choose another folder")
     if any(target.iterdir()) and not (target / "config.json").is_file():
@@ -219,7 +224,7 @@ def _verify(network: Any, folder: Path, inputs: dict[str, Tensor]) -> None:
     for name in dict.fromkeys([*own, *written]):
         if name not in written or name not in own or not _same_bits(own[name], written[name]):
             raise MaskStateError(f"{name} is not the same in {folder.name} as in the model; nothing was written")
-    # Training in bfloat16 rounds what no folder holds (the frequencies of rotary positions); a loaded model has it exact.
+    # A cast to bfloat16 rounds what no folder holds (the frequencies of rotary positions); a loaded model has it exact.
     kinds = {name: buffer.dtype for name, buffer in network.named_buffers()}
     for name, buffer in again.named_buffers():
         buffer.data = buffer.data.to(kinds.get(name, buffer.dtype))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -51,6 +51,19 @@ class Task(pl.LightningModule):
         self.optimizer = optimizer
         self.lr_schedule = lr_schedule
         self.warmup = warmup
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """Rotary frequencies stay float32 in a model that is cast to half precision, as transformers loads such a model.
+
+        Rounded they would be off by a radian a thousand positions on, and what is saved and loaded again would have others.
+        """
+        before = {(m, n): b for m in self.modules() for n, b in m._buffers.items() if n.endswith("inv_freq") and b is not None}
+        super()._apply(fn, recurse)
+        for (module, name), exact in before.items():
+            now = module._buffers[name]
+            if now is not None and now.dtype.itemsize < exact.dtype.itemsize:
+                module._buffers[name] = exact.to(now.device)
+        return self
 
     def log_training(self, loss: Tensor) -> None:
         """Log "train/loss" and "lr" where Lightning is about to write them, and on the last batch of an epoch."""

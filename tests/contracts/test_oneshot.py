@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from sparsetrain.calibration import calibrate, first_alone
+from sparsetrain.calibration import calibrate, first_alone, rest
 from sparsetrain.criteria import Criterion, Seen, SparseGPT, Wanda
 from sparsetrain.errors import (
     DataError,
@@ -232,6 +232,27 @@ def test_nothing_is_computed_whose_output_nobody_needs() -> None:
     }
 
 
+@pytest.mark.parametrize("how", ["block by block", "at once"])
+def test_no_keys_and_values_are_kept_for_nobody(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def caches() -> list[bool]:
+        model, found = llama(), []
+        for block in model.model.layers:
+            block.self_attn.register_forward_pre_hook(
+                lambda *call: found.append(call[2].get("past_key_values") is not None), with_kwargs=True
+            )
+        manager = MaskManager(model, pattern="2:4")
+        if how == "at once":
+            calibrate(manager, Wanda(batches=6), windows(), lambda batch: model(batch).logits.sum())
+        else:
+            prune_oneshot(manager, windows())
+        assert model.config.use_cache
+        return found
+
+    assert not any(caches())
+    monkeypatch.delitem(rest._SETTINGS, "use_cache")
+    assert all(caches())
+
+
 class Traces(Wanda):
     """How many inputs of layers are alive whenever another one comes, by block; ``hoard`` keeps them all."""
 
@@ -434,6 +455,52 @@ def test_sums_are_wide_in_a_model_that_runs_in_half_precision() -> None:
             MaskManager(model, Targets(include=("0",))), [x], 0.5, criterion=criterion, streaming=Streaming(batch=300)
         )
     assert criterion.kept["0.weight"].tolist() == [300 * (1 + 2**-6) ** 2, 300.0, 300.0, 300.0]
+
+
+class Held(SparseGPT):
+    """How many layers it was shown, and how many bytes it held, when the first score was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown = Counter[str]()
+        self.held = 0
+
+    def observe(self, seen: Seen) -> None:
+        super().observe(seen)
+        self.shown[seen.tensor.name] += not self.held
+
+    def score(self, weight: Tensor, *, name: str, step: int = 0) -> Tensor:
+        if not self.held:
+            sums = {m["outer"].data_ptr(): m["outer"].nbytes for m in self.memory.values()}
+            self.held = sum(sums.values())
+        return super().score(weight, name=name, step=step)
+
+
+@pytest.mark.parametrize("allocation", ["owl", "global"])
+def test_an_allocation_that_needs_all_statistics_holds_those_of_each_input_once(allocation: str) -> None:
+    criterion = Held()
+    _, manager, _ = pruned(0.6, "unstructured", criterion=criterion, allocation=allocation)
+    # q, k and v; o; gate and up: 16 inputs, down: 24; in each of three blocks
+    assert criterion.held == 3 * (16**2 + 16**2 + 16**2 + 24**2) * 4
+    assert {name.split(".")[-2] for name in criterion.shown} == {"q_proj", "o_proj", "gate_proj", "down_proj"}
+    assert set(criterion.shown.values()) == {4}  # batches
+    assert manager.verify(strict=True).ok
+
+
+def test_layers_that_share_their_input_only_sometimes_are_measured_apart_for_an_allocation_too() -> None:
+    def masks(model: nn.Module) -> list[Tensor]:
+        manager = MaskManager(model)
+        prune_oneshot(manager, data, 0.5, criterion="sparsegpt", allocation="global", streaming=Streaming(batch=3))
+        return list(manager.masks.values())
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Sometimes(), Sometimes())
+    data = [torch.randn(2, 4), torch.randn(3, 4)]
+    apart = copy.deepcopy(model)
+    for block in apart:
+        block.b.register_forward_pre_hook(lambda layer, args: args[0].clone(), prepend=True)  # never the same tensor
+    for one, other in zip(masks(model), masks(apart), strict=True):
+        assert torch.equal(one, other)
 
 
 # -- patterns, allocations, models ------------------------------------------------------------------------------------------

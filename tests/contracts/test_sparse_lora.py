@@ -69,6 +69,25 @@ def fit(module: Task, *callbacks: Callback, checkpoint: Path | None = None, **se
 # -- training and merging ---------------------------------------------------------------------------------------------
 
 
+def test_what_is_merged_is_verified_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Adapters.merge
+
+    def fills_a_zero(self: Adapters) -> None:
+        plain(self)
+        weight = self.model.get_parameter(f"net.{TARGETS[0]}")
+        with torch.no_grad():
+            weight[tuple((weight == 0).nonzero()[0])] = 1.0
+
+    monkeypatch.setattr(Adapters, "merge", fills_a_zero)
+    with pytest.raises(PatternError, match=rf"net\.{TARGETS[0]}: 1 pruned weights are not zero"):
+        fit(pruned(), method())
+    monkeypatch.undo()
+    chosen = method()
+    fit(pruned(), chosen)
+    assert chosen.verification is not None
+    assert [row.ok for row in chosen.verification.rows] == [True] * len(TARGETS)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_only_adapters_move_and_merging_keeps_every_zero(pattern: str) -> None:
     module, during, chosen = pruned(pattern), During(), method(pattern)

@@ -17,7 +17,7 @@ from sparsetrain.errors import DataError, RecipeError
 from sparsetrain.recipe import jobs as module
 from sparsetrain.recipe.experiment import experiment_jobs, load_experiment
 from sparsetrain.recipe.record import _goal, record
-from sparsetrain.recipe.run import PruneAlone
+from sparsetrain.recipe.train import PruneAlone
 from sparsetrain.report.results import check_result, load_result
 from sparsetrain.tasks import CausalLM, save_pretrained
 from tests.recipes.conftest import Cli
@@ -106,6 +106,45 @@ def test_what_needs_training_is_refused_without(tiny: Path, cli: Cli) -> None:
         ended = cli("run", tiny, *options, "--out", "out")
         assert (ended.code, told in ended.err) == (2, True), ended.err
         assert not Path("out").exists()
+
+
+# ---------------------------------------------------------------- what is not claimed
+
+LAYER = "network.model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.filterwarnings("ignore:10% of .*zeros that no mask keeps")
+def test_what_nobody_claims_is_in_the_metrics_also_of_a_resumed_run(tiny: Path, cli: Cli) -> None:
+    assert cli("run", tiny, "--out", "pruned").code == 0
+    weights_now, embedding = weights("pruned"), "network.model.embed_tokens.weight"
+    weights_now[LAYER] = as_built().state_dict()[LAYER]  # one is dense, and of another a tenth is zero
+    weights_now[embedding].view(-1)[::10] = 0
+    torch.save({"state_dict": weights_now}, "start.ckpt")
+    both = ("--init_from", "start.ckpt", "--method", "KeepMasks", "--method.pattern", "2:4", "--data.batch_size", "8")
+    ended = cli("run", tiny, *both, "--trainer.max_epochs", "2", "--out", "whole")
+    assert ended.code == 0, ended.err
+    assert cli("run", tiny, *both, "--trainer.max_epochs", "1", "--out", "cut").code == 0
+    assert cli("run", tiny, *both, "--trainer.max_epochs", "2", "--out", "cut", "--ckpt_path", "last").code == 0
+    told = metrics("whole")["unclaimed"]
+    assert told[LAYER] == "has no zeros, stays dense"
+    assert told[embedding].startswith("is 10% zero but no target: the output head")
+    assert metrics("cut")["unclaimed"] == told
+
+
+class Scaled(CausalLM):
+    """Has a matrix that no supported layer holds."""
+
+    def __init__(self) -> None:
+        super().__init__(config=LLAMA)
+        self.bare = torch.nn.Parameter(torch.ones(2, 2))
+
+
+def test_what_one_shot_pruning_leaves_dense_is_in_the_metrics(tiny: Path, cli: Cli) -> None:
+    assert cli("run", tiny, "--out", "out").code == 0
+    assert metrics("out")["unclaimed"] == {}
+    ended = cli("run", tiny, "--model", f"{__name__}.Scaled", "--out", "other")
+    assert ended.code == 0, ended.err
+    assert metrics("other")["unclaimed"] == {"bare": "no supported layer"}
 
 
 # ---------------------------------------------------------------- what is dense

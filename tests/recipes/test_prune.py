@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -25,8 +29,12 @@ from transformers import (
 )
 
 from sparsetrain.data import TextData
+from sparsetrain.errors import RecipeError
 from sparsetrain.patterns import parse_pattern
+from sparsetrain.recipe.prune import network_of
 from sparsetrain.tasks.perplexity import perplexity
+from sparsetrain.tasks.places import locate
+from sparsetrain.tasks.pretrained import require_free
 from tests.recipes.conftest import Cli
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 258}
@@ -94,6 +102,7 @@ def test_wanda_compares_within_rows_unless_a_pattern_is_given(llama: Path, cli: 
         (("--sparsity", "0.5", "--window", "100"), ["100", "64"]),
         (("--sparsity", "0.5", "--samples", "0"), ["samples=0"]),
         (("--sparsity", "0.5", "--dtype", "float8"), ["float8"]),
+        (("--sparsity", "0.5", "--weights", "float8"), ["float8", "auto"]),
         (("--sparsity", "0.5", "--exclude", "["), ["targets.exclude"]),
         (("--sparsity", "0.5", "--tokenizer", "bpe:4096"), ["4096", "258"]),
     ],
@@ -211,3 +220,79 @@ def test_a_sparse_model_is_not_pruned_to_another_pattern(llama: Path, cli: Cli) 
     ended = cli("prune", "half", *SMALL, "--pattern", "2:4", "--out", "out")
     assert (ended.code, "50% zero already" in ended.err) == (2, True), ended.err
     assert not Path("out").exists()
+
+
+def test_a_folder_that_is_not_there_is_told_at_once_and_nobody_is_asked(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", nobody)
+    monkeypatch.setattr("socket.socket.connect", nobody)
+    for name in ("./model", "/x/y", "no/such/model", "model/", "~/model", "../model"):
+        ended = cli("prune", name, *SMALL, "--pattern", "2:4", "--out", "out")
+        assert (ended.code, f"there is no model '{name}'" in ended.err, "does not exist" in ended.err) == (2, True, True)
+
+
+def test_a_name_on_a_hub_that_does_not_answer_is_looked_for_in_the_cache_alone(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def offline(url: str, **_: Any) -> Any:
+        asked.append(url)
+        raise ConnectionError("unplugged")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", offline)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(llama.parent / "cache"))
+    with pytest.raises(RecipeError, match=r"'owner/net'.*nothing of that name in the cache.*does not answer \(unplugged\)"):
+        network_of("owner/net")
+    assert ["owner/net" in url for url in asked] == [True]
+    snapshot = llama.parent / "cache" / "models--owner--net" / "snapshots" / ("0" * 40)
+    shutil.copytree(llama, snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0" * 40)
+    network, writes = network_of("owner/net")
+    assert (type(network), writes) == (LlamaForCausalLM, True)
+
+
+@pytest.mark.parametrize("answer", ["yes", "no"])
+def test_a_name_on_a_hub_that_answers_is_left_to_transformers(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def says(*_: Any, **__: Any) -> None:
+        if answer == "no":
+            raise RepositoryNotFoundError("404", response=MagicMock())
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", says)
+    assert (locate("owner/net"), locate("gpt2")) == ("owner/net", "gpt2")
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_a_model_is_written_in_the_type_it_was_saved_in(llama: Path, cli: Cli, criterion: str) -> None:
+    LlamaForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).save_pretrained("half")
+    kept: dict[str, dict[str, torch.Tensor]] = {}
+    for out, more in (("own", ()), ("wide", ("--weights", "float32"))):
+        ended = cli("prune", "half", *SMALL, "--pattern", "2:4", "--criterion", criterion, "--out", out, *more)
+        assert ended.code == 0, ended.err
+        kept[out] = load_file(f"{out}/model.safetensors")
+    before = load_file("half/model.safetensors")
+    for name, weight in kept["own"].items():
+        assert (weight.dtype, kept["wide"][name].dtype) == (torch.bfloat16, torch.float32)
+        if ".layers." not in name or weight.ndim == 1:
+            assert torch.equal(weight, before[name])
+        else:
+            assert (weight.view(-1, 4) == 0).sum(1).tolist() == [2] * (weight.numel() // 4)
+            if criterion == "wanda":
+                assert torch.equal(weight, before[name] * (weight != 0))
+    # The first block is measured alike in both: statistics are float32, and so is what a block adds up.
+    first = [n for n in before if ".layers.0." in n and before[n].ndim == 2]
+    assert all(torch.equal(kept["own"][n] != 0, kept["wide"][n] != 0) for n in first)
+    assert AutoModelForCausalLM.from_pretrained("own").dtype == torch.bfloat16
+
+
+def test_replacing_is_said_as_the_command_line_says_it(llama: Path, cli: Cli) -> None:
+    ended = cli("prune", llama, *SMALL, "--pattern", "2:4", "--out", llama)
+    assert ("or --overwrite to replace" in ended.err, "overwrite=True" in ended.err) == (True, False)
+    with pytest.raises(RecipeError, match=r"or overwrite=True to replace"):
+        require_free(llama)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -325,3 +326,47 @@ def test_a_value_that_is_no_number_is_refused(experiment: Path, cli: Cli) -> Non
     experiment.write_text(text.replace("{method: dense", "{value: recipe, method: dense"), encoding="utf-8")
     ended = cli("record", experiment, "--work", "work", "--results", "results")
     assert "has 'tiny' at 'recipe' in its metrics, which is no finite number" in ended.err
+
+
+SCANNED = """\
+question: Does a scan help?
+recipe: ../tiny.yaml
+seeds: [0]
+model: MLP
+data: digits
+stages:
+  - {name: dense, overrides: {method: null}}
+  - {name: scan, command: sensitivity, overrides: {init_from: "@dense", batches: 1}}
+rows:
+  - {method: dense, overrides: {method: null}, published: null, source: null, goal: null}
+"""
+
+
+@pytest.mark.parametrize("change", ["command", "recipe", "nobody says"])
+def test_a_finished_scan_is_not_taken_for_another(change: str, experiment: Path, cli: Cli) -> None:
+    experiment.write_text(SCANNED, encoding="utf-8")
+    recipe, work = experiment.parent.parent / "tiny.yaml", Path("work/tiny_pruning")
+    text = recipe.read_text(encoding="utf-8")
+
+    def again() -> Any:
+        return cli("record", experiment, "--work", "work", "--results", "results")
+
+    assert again().code == 0, again().err
+    scan = (work / "scan-seed0/sensitivity.json").read_bytes()
+    recipe.write_text(text.replace("Does it work?", "Does it?"), encoding="utf-8")  # words are not the recipe
+    assert again().code == 0
+    if change == "command":
+        experiment.write_text(SCANNED.replace("batches: 1", "batches: 2"), encoding="utf-8")
+        told = "holds a finished sensitivity of another command or recipe: command was sensitivity"
+    elif change == "recipe":
+        # The dense run does not care for the method.
+        recipe.write_text(text.replace("allocation: global", "allocation: uniform"), encoding="utf-8")
+        told = "method.init_args.allocation was global and is uniform"
+    else:
+        (work / "scan-seed0/asked.json").unlink()
+        told = "holds a finished sensitivity, and no asked.json says of what"
+    ended = again()
+    assert (ended.code, told in ended.err, "choose another --work" in ended.err) == (2, True, True), ended.err
+    assert (work / "scan-seed0/sensitivity.json").read_bytes() == scan
+    shutil.rmtree(work / "scan-seed0")
+    assert again().code == 0

@@ -14,12 +14,20 @@ from lightning.pytorch.strategies import DDPStrategy
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch import multiprocessing as mp
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaForCausalLM,
+)
 
 from sparsetrain.data import LabelledTexts, ResumableLoader, TensorSet, TextClassificationData, TextData, TokenWindows
 from sparsetrain.errors import DataError, MaskStateError, RecipeError
 from sparsetrain.tasks import CausalLM, Perplexity, SequenceClassification, perplexity, pretrained, save_pretrained
 from sparsetrain.tasks.perplexity import next_token_loss
+from sparsetrain.tasks.training import Task
 from tests.contracts.promises import same_bits
 from tests.contracts.ranks import RANKS, _rank
 from tests.contracts.test_architectures import CASES, build
@@ -281,7 +289,8 @@ def test_a_small_model_learns(precision: Any) -> None:
         ({}, "give one of them"),
         ({"model": "x", "config": LLAMA}, "give one of them"),
         ({"network": nn.Linear(2, 2), "config": LLAMA}, "give one of the three"),
-        ({"model": "./not/there"}, "cannot be loaded as CausalLM"),
+        ({"model": "./not/there"}, r"no model './not/there': .*does not exist"),
+        ({"model": "owner/none"}, r"no model 'owner/none': .*the hub does not answer"),
         ({"config": LLAMA | {"model_type": "lama"}}, "Did you mean"),
         ({"config": LLAMA | {"hidden_sise": 32}}, "config.hidden_sise is no setting of llama. Did you mean 'hidden_size'"),
         ({"config": LLAMA | {"vocab_size": None}}, "no vocab_size"),
@@ -555,3 +564,53 @@ def test_impossible_classification_data(options: dict[str, Any]) -> None:
         TextClassificationData("x", **options)
     with pytest.raises(RecipeError, match="num_labels=1"):
         SequenceClassification(network=nn.Linear(2, 2), num_labels=1)
+
+
+class Draws(LlamaForCausalLM):
+    """A model of somebody's own whose constructor draws a random number."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.drawn = float(torch.rand((), device="cpu"))
+
+
+def test_what_is_loaded_again_to_be_compared_draws_no_random_number_of_training(tmp_path: Path) -> None:
+    model = Draws(llama().network.config)
+    rng = torch.get_rng_state()
+    save_pretrained(model, tmp_path / "out")
+    assert torch.equal(torch.get_rng_state(), rng)
+    Draws(model.config)  # Twin: this does draw one.
+    assert not torch.equal(torch.get_rng_state(), rng)
+
+
+def test_what_validation_has_counted_is_not_in_the_test() -> None:
+    torch.manual_seed(0)
+    module = SequenceClassification(config=BERT, num_labels=2, macro_f1=True)
+    right, wrong = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    module.val_metrics.update(wrong, torch.tensor([0, 1]))
+    module.test_metrics.update(right, torch.tensor([0, 1]))
+    assert {k: float(v) for k, v in module.test_metrics.compute().items()} == {"test/accuracy": 1.0, "test/macro_f1": 1.0}
+    assert {k: float(v) for k, v in module.val_metrics.compute().items()} == {"val/accuracy": 0.0, "val/macro_f1": 0.0}
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_rotary_frequencies_stay_exact_in_half_precision(keeps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Base 10000, heads of 8: 1, 0.1, 0.01, 0.001, of which bfloat16 holds the first alone."""
+    if not keeps:
+        monkeypatch.setattr(Task, "_apply", nn.Module._apply)
+    model = llama()
+    data = TextData("shakespeare", window=32, batch_size=4, limit=8)
+    quiet(max_epochs=1, precision="bf16-true").fit(model, datamodule=data)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    rotary = model.network.model.rotary_emb
+    exact = torch.tensor([1.0, 10**-1, 10**-2, 10**-3])
+    for found in (rotary.inv_freq, rotary.original_inv_freq):
+        assert (found.dtype == torch.float32) == keeps
+        assert torch.allclose(found.float(), exact, rtol=1e-6, atol=0) == keeps
+    # What stock transformers loads says what was trained.
+    save_pretrained(model, tmp_path / "saved")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    ids = torch.randint(258, (1, 60), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(stock(ids).logits, model.eval()(ids)) == keeps
+    assert model.double().network.model.rotary_emb.inv_freq.dtype == torch.float64

@@ -272,3 +272,51 @@ def test_hub_failures_become_clear(error: Exception, message: str, monkeypatch: 
     with pytest.raises(DataError, match=message) as caught:
         loaded("digit")
     assert "Did you mean 'digits'?" in str(caught.value)
+
+
+# ---------------------------------------------------------------- parts by class
+
+
+def test_classes_cut_parts_that_fit_together() -> None:
+    whole = loaded(normalize="standardize", seed=3)
+    parts = [loaded(normalize="standardize", seed=3, classes=[a, b]) for a, b in ((4, 0), (1, 2), (3, 5), (9, 8), (7, 6))]
+    assert [part.classes for part in parts] == [[0, 4], [1, 2], [3, 5], [8, 9], [6, 7]]
+    assert whole.classes == list(range(10))
+    for split in ("train_set", "val_set", "test_set"):
+        rest = rows(getattr(whole, split))
+        for part in parts:
+            mine = getattr(part, split)
+            assert set(mine.tensors[1].tolist()) == set(part.classes)
+            assert rows(mine) <= rest
+            rest -= rows(mine)
+        assert not rest
+    assert {part.num_classes for part in parts} == {10}
+
+
+@pytest.mark.parametrize("classes", [[], [1, 1], [2, 3, 2]])
+def test_classes_are_named_once(classes: list[int]) -> None:
+    with pytest.raises(DataError, match="give each label to keep once"):
+        VisionData("digits", classes=classes)
+
+
+@pytest.mark.parametrize("unknown", [10, -1])
+def test_an_unknown_class_is_told(unknown: int) -> None:
+    with pytest.raises(DataError, match=rf"'digits' has no training sample of label {unknown}; it has \[0, 1, 2"):
+        loaded(classes=[0, unknown])
+
+
+def test_a_class_that_only_the_test_set_has_cannot_be_trained(tmp_path: Path) -> None:
+    folder = write_idx(tmp_path / "odd")
+    labels = np.array([0, 1, 2, 7, 0], dtype=np.uint8)
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
+    assert len(loaded(str(folder), classes=[2], validation=0).test_set) == 1
+    assert loaded(str(folder), classes=[3], validation=0).test_set is None
+    with pytest.raises(DataError, match="no training sample of label 7"):
+        loaded(str(folder), classes=[7], validation=0)
+
+
+def test_settings_of_the_loaders_are_handed_on() -> None:
+    data = loaded(batch_size=7, seed=5)
+    assert (data.batch_size, data.seed) == (7, 5)
+    with pytest.raises(TypeError, match="batches"):
+        VisionData("digits", batches=7)

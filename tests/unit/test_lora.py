@@ -164,6 +164,31 @@ def test_nothing_as_large_as_the_weight_waits_for_the_backward_pass() -> None:
     assert kept(lambda: F.linear(x, layer.weight + masked.mask * (s * b @ a))) == 64 * 64
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_backward_pass_inside_autocast_rounds_no_more_than_one_outside(transposed: bool) -> None:
+    """Factors are float32, and so are their gradients: only what the layer was given, and gives, is rounded to bfloat16."""
+    torch.manual_seed(2)
+    x, a, b = (
+        torch.randn(5, 8, requires_grad=True),
+        torch.randn(3, 8, requires_grad=True),
+        torch.randn(6, 3, requires_grad=True),
+    )
+    mask = torch.rand(6, 8) > 0.5
+    weight = torch.randn(6, 8) * mask
+    stored = [t.t().contiguous() if transposed else t for t in (weight, mask)]
+    seen = torch.randn(5, 6).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        outside = masked_lora(x, a, b, stored[1], 0.7, stored[0], None, transposed)
+        inside = masked_lora(x, a, b, stored[1], 0.7, stored[0], None, transposed)
+        found = torch.autograd.grad(inside, (x, a, b), seen)
+    wanted = torch.autograd.grad(outside, (x, a, b), seen)
+    same_bits({str(i): t for i, t in enumerate(found)}, {str(i): t for i, t in enumerate(wanted)})
+    # dL/d(B A) is a product in bfloat16; what follows is not: the gradients of A and B, in float64 from there on.
+    dense = (seen.t() @ x.detach().bfloat16()).double() * mask * 0.7
+    torch.testing.assert_close(found[1].double(), b.detach().double().t() @ dense, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[2].double(), dense @ a.detach().double().t(), rtol=1e-5, atol=1e-5)
+
+
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 
@@ -461,6 +486,42 @@ def test_a_damaged_adapter_changes_nothing(change: str, tmp_path: Path) -> None:
     with pytest.raises(MaskStateError, match=r"lacks 2\.lora_B|2\.lora_B.* of shape \(5, 3\)"):
         Adapters.load(model, tmp_path, masks)
     same_bits(bits, model.state_dict())
+
+
+@pytest.mark.parametrize("last", ["adapter_model.safetensors", "masks.safetensors"])
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+def test_what_breaks_off_while_an_adapter_is_saved_leaves_what_was_there(
+    error: BaseException, last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def files() -> dict[str, bytes]:
+        return {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def broken(path: Any, *_: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise error
+
+    def broken_tensors(tensors: Any, path: str, *_: Any) -> None:
+        broken(path)
+
+    _, _, adapters = adapted()
+    adapters.save(tmp_path / "adapter")
+    (tmp_path / "adapter" / "notes.txt").write_text("mine")
+    before = files()
+    with torch.no_grad():
+        for layer in adapters.layers.values():
+            layer.factors[0].add_(1)
+    with monkeypatch.context() as patch:
+        name = "save_masks" if last.startswith("masks") else "save_file"
+        patch.setattr(f"sparsetrain.nn.adapters.{name}", broken if name == "save_masks" else broken_tensors)
+        for folder in ("adapter", "new"):
+            with pytest.raises(RecipeError if isinstance(error, OSError) else KeyboardInterrupt) as told:
+                adapters.save(tmp_path / folder)
+            assert isinstance(error, KeyboardInterrupt) or "no space left" in str(told.value)
+    assert files() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
+    adapters.save(tmp_path / "adapter")
+    changed = {name for name, content in files().items() if content != before[name]}
+    assert changed == {"adapter/adapter_model.safetensors"}  # and what others put there is still there
 
 
 def test_the_layers_of_an_adapter_that_peft_wrote_are_those_it_has(tmp_path: Path) -> None:

@@ -121,6 +121,21 @@ def test_what_is_not_claimed_is_told() -> None:
     assert list(manager.masks) == ["0.weight"]
 
 
+@pytest.mark.parametrize("strays", [1, 2, 3])
+def test_a_hundredth_of_stray_zeros_is_told_and_more_is_refused(strays: int) -> None:
+    """200 weights: 2 zeros are 1 %."""
+    model = nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 4))
+    with torch.no_grad():
+        model[0].weight.view(-1)[:strays] = 0
+    if strays == 3:
+        with pytest.raises(PatternError, match=r"0\.weight: its 3 zeros hold no 2:4|0\.weight: its 3 zeros are no 2:4"):
+            MaskManager.adopt(model, "2:4")
+        return
+    manager = MaskManager.adopt(model, "2:4", Targets(include=("^0",)))
+    assert manager.unclaimed == {"0.weight": f"{strays} stray zeros are no 2:4, stays dense"}
+    assert manager.masks == {}
+
+
 def test_what_is_not_claimed_is_told_of_a_compiled_model_too() -> None:
     model = net()
     with torch.no_grad():

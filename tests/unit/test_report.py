@@ -113,6 +113,19 @@ def test_the_page_says_the_verdict_and_escapes_what_people_wrote(run: Path) -> N
     assert "Verification failed" not in html
 
 
+def test_what_no_mask_claims_is_told(run: Path) -> None:
+    left = {f"{name}.weight": "has no zeros, stays dense" for name in ("head", "<b>", "c", "d")}
+    assert "Not claimed" not in page(run)
+    html = page(run, unclaimed=left)
+    assert "<h2>Not claimed</h2>" in html
+    assert all(f"{name}.weight" in html for name in ("head", "&lt;b&gt;", "c", "d"))
+    told = " ".join(printed(result_table(metrics(unclaimed=left))).split())
+    assert "not claimed: head.weight: has no zeros, stays dense; <b>.weight" in told
+    assert "; and 1 more, in metrics.json" in told
+    assert "Not claimed" not in page(run, unclaimed={})
+    assert "not claimed" not in printed(result_table(metrics()))
+
+
 def test_a_failed_verification_is_first_and_names_each_problem(run: Path) -> None:
     layers = [{**metrics()["layers"][0], "ok": False, "problem": "917 weights too many"}]
     html = page(run, verified=False, problems=["momentum at 12 pruned entries"], layers=layers)
