@@ -7,12 +7,13 @@ gradients, mode and buffers are as before afterwards.
 from __future__ import annotations
 
 from sparsetrain.calibration.data import checksum, count_samples, first_alone, rebatch, runner, samples
+from sparsetrain.calibration.driver import Block
 from sparsetrain.calibration.experts import siblings, unused
 from sparsetrain.calibration.layers import LayerWatch, NotShared, require_seen, require_visible
 from sparsetrain.calibration.rest import agree, at_rest, is_finite, ranks, require_some, require_sums, require_whole
-from sparsetrain.calibration.stacks import Block, Segment, segments
+from sparsetrain.calibration.stacks import Segment, segments
 from sparsetrain.calibration.stream import Offload, Stream, relative_error
-from sparsetrain.calibration.whole import calibrate, known, prepared, watch
+from sparsetrain.calibration.whole import calibrate, known, watch
 
 __all__ = [
     "Block",
@@ -29,7 +30,6 @@ __all__ = [
     "first_alone",
     "is_finite",
     "known",
-    "prepared",
     "ranks",
     "rebatch",
     "relative_error",

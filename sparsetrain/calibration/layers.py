@@ -86,7 +86,7 @@ class LayerWatch:
         self.tensors = list(tensors)
         self.criterion = criterion
         self.share = share and criterion.needs == "input" and not criterion.of_weights
-        self.parts = {t.name: Known.parts(t) if criterion.needs == "input" else [Known.of(t)] for t in tensors}
+        self.parts = {t.name: criterion.parts(t) for t in tensors}
         groups = [parts for parts in self.parts.values() if len(parts) > 1]
         groups += [[self.parts[name][0] for name in names if name in self.parts] for names in alike]
         #: Experts of which one may stand for another.
@@ -114,12 +114,10 @@ class LayerWatch:
                 module = tensor.target.module
                 if tensor.target.layout.experts and needs_input:
                     continue
-                see = self._before(tensor) if needs_input else self._after(tensor)
-                handle = (
-                    module.register_forward_pre_hook(see, with_kwargs=True)
-                    if needs_input
-                    else module.register_forward_hook(see, with_kwargs=True)
-                )
+                if needs_input and not self.criterion.of_weights:
+                    handle = module.register_forward_pre_hook(self._before(tensor), with_kwargs=True)
+                else:
+                    handle = module.register_forward_hook(self._after(tensor), with_kwargs=True)
                 stack.callback(handle.remove)
             fused = [t for t in self.tensors if t.target.layout.experts] if needs_input else []
             if fused:
@@ -159,7 +157,11 @@ class LayerWatch:
 
     def _after(self, tensor: MaskedTensor) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self._see(self.parts[tensor.name][0], next(tensors_in(output)))
+            given, made = next(tensors_in([args, kwargs]), None), next(tensors_in(output))
+            if self.criterion.needs == "output":
+                self._see(self.parts[tensor.name][0], made)
+            elif given is not None:
+                self._see(self.parts[tensor.name][0], given, made)
 
         return hook
 
@@ -170,7 +172,7 @@ class LayerWatch:
             self.leader[part.name] = part.name
             self._observe(part, given)
 
-    def _see(self, known: Known, values: Tensor) -> None:
+    def _see(self, known: Known, values: Tensor, output: Tensor | None = None) -> None:
         name = known.name
         self._calls[name] += 1
         now = _version(values)
@@ -181,7 +183,7 @@ class LayerWatch:
             self.leader[name] = same if same is not None and fresh and self._fits(known, same) else name
         leader = self.leader[name]
         if leader == name:
-            self._observe(known, values)
+            self._observe(known, values, output)
             if now is not None:
                 self._live.append((weakref.ref(values), now, name))
         elif same != leader:
@@ -194,7 +196,7 @@ class LayerWatch:
         mine, its = known.view(known.parameter), other.view(other.parameter)
         return type(known.module) is type(other.module) and mine.ndim == its.ndim == 2 and mine.shape[1] == its.shape[1]
 
-    def _observe(self, known: Known, values: Tensor) -> None:
+    def _observe(self, known: Known, values: Tensor, output: Tensor | None = None) -> None:
         what = self.criterion.needs
         if not values.numel():
             return
@@ -208,7 +210,7 @@ class LayerWatch:
         if self.groups:
             now = float(wide(values).abs().mean(-1).square().sum())  # not of squares: one outlier feature is not usual
             self._power[known.name] = self._power.get(known.name, 0.0) + now
-        seen = {what: values.detach()}
+        seen = {what: values.detach()} | ({} if output is None else {"output": output.detach()})
         with torch.autocast(values.device.type, enabled=False):  # whatever the model runs in, sums are wide
             self.criterion.observe(Seen(known, known.parameter.detach(), **seen))
 
@@ -265,8 +267,7 @@ class LayerWatch:
 def require_seen(criterion: StatisticsCriterion, tensors: Sequence[MaskedTensor]) -> None:
     """Raise `TargetError` for a tensor that no batch used."""
     for tensor in tensors:
-        names = [part.name for part in Known.parts(tensor)] if criterion.needs == "input" else [tensor.name]
-        if not all(name in criterion.memory for name in names):
+        if not all(part.name in criterion.memory for part in criterion.parts(tensor)):
             raise TargetError(
                 f"criterion {type(criterion).__name__} cannot score {tensor.name}: no batch used its layer; leave it out "
                 "(targets.exclude), or use criterion 'magnitude'"

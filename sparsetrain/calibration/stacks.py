@@ -12,34 +12,23 @@ inside it are looked at, or the model is taken as a whole.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from sparsetrain.calibration.data import checksum
-from sparsetrain.calibration.layers import Reached
+from sparsetrain.calibration.driver import Block, Driver, Run
 from sparsetrain.errors import SparsetrainError
-
-Run = Callable[[Any], Any]
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block: its name in the model, and the name of the stack it is part of."""
-
-    name: str
-    stack: str
 
 
 @dataclass(frozen=True)
 class Segment:
     """What is measured and pruned together: a block, or the targets outside of all blocks that run at one place.
 
-    ``index``: how many blocks run before it, which for a block is its place in the order of execution. ``idle``: those of the
-    targets of which no call was seen.
+    ``index``: how many blocks run before it, for a block its place in the order of execution. ``idle``: targets never called.
     """
 
     name: str
@@ -47,58 +36,6 @@ class Segment:
     targets: tuple[str, ...]
     is_block: bool
     idle: tuple[str, ...] = ()
-
-
-class Driver:
-    """Runs the model's own code up to a block.
-
-    Args:
-        model: in eval mode.
-        run: gives a batch to the model.
-        blocks: in the order they are called.
-    """
-
-    def __init__(self, model: nn.Module, run: Run, blocks: Sequence[Block]) -> None:
-        self.run = run
-        self.blocks = list(blocks)
-        self.modules = [model.get_submodule(block.name) for block in blocks]
-
-    def reach(self, batch: Any, index: int, carried: Callable[[str], Any], meet: Callable[..., Any] | None) -> Any:
-        """Run a batch up to the block at ``index``; blocks before it return ``carried(stack)``, and so does the block itself
-        ``meet(forward, args, kwargs)``, which is returned.
-
-        Beyond the last block the model runs to its end. ``meet`` None: stop where the block would be called.
-        """
-        outputs = {block.stack: carried(block.stack) for block in self.blocks[:index]}
-        with ExitStack() as patched:
-            for block, module in zip(self.blocks[:index], self.modules[:index], strict=True):
-                patched.enter_context(_forward(module, lambda *args, _stack=block.stack, **kwargs: outputs[_stack]))
-            if index < len(self.blocks):
-                module = self.modules[index]
-                original = module.forward
-
-                def here(*args: Any, **kwargs: Any) -> Any:
-                    raise Reached(None if meet is None else meet(original, args, kwargs))
-
-                patched.enter_context(_forward(module, here))
-            try:
-                self.run(batch)
-            except Reached as reached:
-                return reached.result
-        return None
-
-
-@contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module do something else; one whose ``forward`` was replaced before gets that back."""
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
 
 
 def segments(model: nn.Module, run: Run, sample: Any, targets: Mapping[str, nn.Module]) -> tuple[list[Block], list[Segment]]:
@@ -234,8 +171,12 @@ def _not_chained(model: nn.Module, run: Run, sample: Any, blocks: Sequence[Block
     driver = Driver(model, run, blocks)
     last: dict[str, Any] = {}
 
-    def given(forward: Any, args: Any, kwargs: Any) -> tuple[str, Any]:
-        return checksum([args, dict(kwargs)]), forward(*args, **kwargs)
+    noted = ""
+
+    def given(forward: Any, args: Any, kwargs: Any) -> Any:
+        nonlocal noted
+        noted = checksum([args, dict(kwargs)])
+        return forward(*args, **kwargs)
 
     def reach(index: int) -> Any:
         try:
@@ -255,7 +196,7 @@ def _not_chained(model: nn.Module, run: Run, sample: Any, blocks: Sequence[Block
                 hooks.callback(trace.targets[layer].register_forward_pre_hook(_noting(found, layer)).remove)
             met = reach(index)
         name = blocks[index].name if index < len(blocks) else None
-        same = name is None or (met is not None and met[0] == trace.given[name] and _near(met[1], trace.output[name]))
+        same = name is None or (met is not None and noted == trace.given[name] and _near(met, trace.output[name]))
         if not (same and all(found.get(layer) == trace.outside[layer] for layer in outside)):
             return blocks[min(index, len(blocks) - 1)].stack
         if name is not None:

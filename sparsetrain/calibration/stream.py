@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsetrain.calibration.data import first_sample, mapped, tensors_in
+from sparsetrain.calibration.driver import Driver, Run
 from sparsetrain.calibration.layers import LayerWatch
-from sparsetrain.calibration.stacks import Driver, Run, Segment, segments, stream_of, with_stream
+from sparsetrain.calibration.stacks import Segment, segments, stream_of, with_stream
 from sparsetrain.errors import MaskStateError, RecipeError
 from sparsetrain.masks.tensor import MaskedTensor
 

@@ -71,7 +71,7 @@ def calibrate(
     require_whole(manager, criterion)
     require_sums(criterion)
     require_visible(manager.model, tensors, criterion)
-    criterion.prepare(manager.model, prepared(tensors, criterion))
+    criterion.prepare(manager.model, [part for tensor in tensors for part in criterion.parts(tensor)])
     criterion.reset()
     shown = _shown(batches, criterion, progress)
     seen = (_gradients if criterion.needs == "gradient" else _activations)(manager, criterion, shown, loss)
@@ -113,11 +113,6 @@ def _activations(
         problem = error
     watch.finish(problem)
     return seen
-
-
-def prepared(tensors: Sequence[MaskedTensor], criterion: StatisticsCriterion) -> list[Known]:
-    """What a criterion is told of the tensors it is bound to: where it looks at inputs, fused experts one by one."""
-    return [part for t in tensors for part in (Known.parts(t) if criterion.needs == "input" else [Known.of(t)])]
 
 
 def _shown(batches: Iterable[Any], criterion: StatisticsCriterion, progress: bool) -> Iterator[Any]:

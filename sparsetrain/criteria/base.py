@@ -45,6 +45,10 @@ class Criterion(ABC):
         """
         return None
 
+    def parts(self, masked: Any) -> list[Known]:
+        """What it looks at in a `MaskedTensor`: its layer, or where it looks at inputs and experts are fused, each of them."""
+        return [Known.of(masked)]
+
     def compensate(self, weight: Tensor, mask: Tensor, *, name: str) -> Tensor | None:
         """New values of the weights that stay, given those before pruning and the new mask; None leaves them as they are."""
         return None
@@ -112,8 +116,9 @@ class Known:
 class Seen:
     """One tensor in one batch (or one sample, where ``per_sample``): this rank's part, as stored.
 
-    ``output`` is what the tensor's layer gave, for criteria that need activations, else None; ``gradient`` likewise;
-    ``input`` is what the layer multiplied, as it got it: (..., in) for linear layers, (N, in, *positions) for convolutions.
+    ``output`` is what the tensor's layer gave, for criteria that need activations (and, where it is known, those of inputs and
+    weights), else None; ``gradient`` likewise; ``input`` is what the layer multiplied, as it got it: (..., in) for linear
+    layers, (N, in, *positions) for convolutions.
     """
 
     tensor: Known
@@ -151,6 +156,10 @@ class StatisticsCriterion(Criterion):
             raise RecipeError(f"criterion {type(self).__name__}: batches={batches}; it needs at least 1 batch of data")
         self.batches = batches
         self.memory: dict[str, dict[str, Tensor]] = {}
+
+    def parts(self, masked: Any) -> list[Known]:
+        """See `Criterion.parts`."""
+        return Known.parts(masked) if self.needs == "input" else super().parts(masked)
 
     @abstractmethod
     def observe(self, seen: Seen) -> None:

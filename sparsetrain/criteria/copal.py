@@ -22,7 +22,7 @@ reproduced, and there is no code by its authors.
 output.
 
 When to use them: with `ContinualPruning`, which keeps ``A`` from domain to domain. Alone they are one-shot criteria as Wanda
-is, at the price of two more products a layer. Patterns: all. Memory: ``4 * out * in`` bytes a layer, ``4 * in^2`` for
+is, at the price of one more product a layer. Patterns: all. Memory: ``4 * out * in`` bytes a layer, ``4 * in^2`` for
 ``"final"``.
 
 How they fail: ``"domain"`` and ``"final"`` where features are correlated (see above); a layer whose outputs are all 0, whose
@@ -58,6 +58,13 @@ class _Sensitivity(InputCriterion):
 
     def _products(self, seen: Seen) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs ``(groups, rows, in)`` and outputs ``(groups, rows, out of a group)``, in pieces."""
+        module, made = seen.tensor.module, seen.output
+        if made is not None and seen.weight.ndim == 2:  # what the layer gave need not be computed again
+            for piece in self.pieces(seen):
+                outputs = wide(made).reshape(1, piece.shape[1], -1)
+                bias = getattr(module, "bias", None)
+                yield piece, outputs if bias is None else outputs - wide(bias)
+            return
         weight = seen.tensor.view(wide(seen.weight))
         for piece in self.pieces(seen):
             groups = piece.shape[0]
@@ -101,7 +108,7 @@ class Copal(_Sensitivity):
         for inputs, outputs in self._products(seen):
             outer = self._grow(name, inputs, (*outputs.shape[::2], inputs.shape[2]))
             if self.abs_order == "token":
-                outer.baddbmm_(outputs.abs_().mT, inputs.abs())
+                outer.baddbmm_(outputs.abs().mT, inputs.abs())
             elif self.abs_order == "domain":
                 outer.baddbmm_(outputs.mT, inputs)
             else:
@@ -141,7 +148,7 @@ class OutputFisher(_Sensitivity):
         super().observe(seen)
         for inputs, outputs in self._products(seen):
             outer = self._grow(seen.tensor.name, inputs, (*outputs.shape[::2], inputs.shape[2]))
-            outer.baddbmm_(outputs.square_().mT, inputs.square())
+            outer.baddbmm_(outputs.square().mT, inputs.square())
 
     def rate(self, matrix: Tensor, name: str) -> Tensor:
         """``|W| * sqrt(A)``."""

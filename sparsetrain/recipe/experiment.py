@@ -14,6 +14,8 @@ have
 entry), ``x_label``, ``y_label``, ``log_x``, and ``lines``: name of a stage or row -> label. An accuracy is drawn as an error in
 percent, a sparsity as percent kept.
 
+``by_seed`` has further overrides of all rows (not of stages) for single seeds: ``{0: {data.order: [a, b]}, 1: {data.order: [b, a]}}``.
+
 ``stages`` are commands that rows need and that are no rows themselves: ``name``, ``command`` (``run`` if not given),
 ``recipe``, ``overrides``, and ``seed``, to run once and not for every seed. In overrides ``@NAME`` is the directory of that
 stage or row for the same seed. Every run goes to a directory of its own; equal runs are one run; one that is finished is not
@@ -52,6 +54,9 @@ def load_experiment(path: Path) -> dict[str, Any]:
     seeds = found["seeds"]
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise RecipeError(f"{path}: seeds is {seeds!r}; give a list of whole numbers, such as [0, 1, 2]")
+    by_seed = found.get("by_seed", {})
+    if not isinstance(by_seed, dict) or not all(s in seeds and isinstance(o, dict) for s, o in by_seed.items()):
+        raise RecipeError(f"{path}: by_seed is {by_seed!r}; give {{seed: {{key: value}}}}, of the seeds {seeds}")
     _require_entries(path, "stages", found.setdefault("stages", []), _STAGE_KEYS)
     for index, stage in enumerate(found["stages"]):
         if type(stage.get("seed", 0)) is not int:
@@ -112,7 +117,8 @@ def experiment_jobs(experiment: Mapping[str, Any], path: Path, work: Path) -> tu
         rows = [(f"row{index}", row) for index, row in enumerate(experiment["rows"])]
         for label, entry in [*stages, *rows]:
             recipe = path.parent / entry.get("recipe", experiment["recipe"])
-            overrides = {key: _placed(value, named, path) for key, value in entry["overrides"].items()}
+            more = {} if "method" not in entry else experiment.get("by_seed", {}).get(seed, {})
+            overrides = {key: _placed(value, named, path) for key, value in (entry["overrides"] | more).items()}
             own = entry.get("seed", seed)
             job = make_job(entry.get("command", "run"), recipe, overrides, own, work / f"{label}-seed{own}", named.values())
             out = same.setdefault(job.identity, job.out)

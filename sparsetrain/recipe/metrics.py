@@ -18,7 +18,7 @@ from sparsetrain.recipe.build import build, require_lightning
 #: Where the dense numbers are from.
 DENSE_TWIN = "dense twin: the same recipe without pruning"
 #: Endings of metric names: the first that was logged is what a run is judged by.
-_MAIN = ("accuracy", "perplexity")
+_MAIN = ("accuracy", "perplexity", "return")
 #: Those that are better when low.
 _LOWER = ("loss", "perplexity", "error")
 
@@ -57,7 +57,7 @@ def evaluate(
 
 
 def main_metric(final: dict[str, float]) -> dict[str, Any]:
-    """The keys ``metric`` and ``higher_is_better``: accuracy, else perplexity, else the first by name."""
+    """The keys ``metric`` and ``higher_is_better``: accuracy, else perplexity, else return, else the first by name."""
     named = [name for kind in _MAIN for name in final if name.endswith(kind)] or sorted(final)
     return {"metric": named[0] if named else None, "higher_is_better": bool(named) and not named[0].endswith(_LOWER)}
 
@@ -150,10 +150,16 @@ def sparsity(method: SparsityCallback | None, model: nn.Module) -> dict[str, Any
             }
             for row in rows
         ],
-        "unclaimed": dict(method.masks.unclaimed),
+        "unclaimed": _unclaimed(method),
         "verified": verification.ok and missing is None,
         "problems": verification.problems + ([missing] if missing else []),
         "changes": [
             {"step": c.step, "tensor": c.tensor, "died": c.died, "grew": c.grew, "why": c.why} for c in method.masks.changes
         ],
     }
+
+
+def _unclaimed(method: SparsityCallback) -> dict[str, str]:
+    """What was not claimed when the run began, less the targets that have been pruned since."""
+    pruned = method.masks.masks
+    return {name: why for name, why in method.masks.unclaimed.items() if not (name in pruned and why.endswith("stays dense"))}

@@ -29,8 +29,8 @@ from sparsetrain.predictor import AccuracyPredictor, Layers, sample, search
 from sparsetrain.pruning import prune
 from sparsetrain.recipe.measure import Bench, saved_weights
 from sparsetrain.recipe.quiet import quiet
-from sparsetrain.recipe.train import lightning_as_recipe_errors
 from sparsetrain.recipe.schema import recipe_parser
+from sparsetrain.recipe.train import lightning_as_recipe_errors
 from sparsetrain.report.sensitivity import plot_prediction
 
 #: Uniform without caps: what rounding leaves is handed out, so that the budget is met exactly.

@@ -126,6 +126,16 @@ def test_a_convolution_is_its_patches(make: Callable[[], StatisticsCriterion], g
         torch.testing.assert_close(found[rows].flatten(1), wanted, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("make", [Copal, lambda: Copal(abs_order="sequence"), lambda: Copal(abs_order="domain"), OutputFisher])
+def test_what_a_layer_gave_is_its_output_without_bias(make: Callable[[], StatisticsCriterion]) -> None:
+    module, x = layer(), tokens()
+    assert float(module.bias.detach().abs().min()) > 0.01
+    computed, given = watched(make(), module, x), make()
+    known = Known("weight", module, "weight", Unstructured())
+    given.observe(Seen(known, module.weight.detach(), input=x, output=module(x).detach()))
+    torch.testing.assert_close(given.settled(given.memory["weight"])["outer"], computed["outer"], rtol=1e-12, atol=1e-12)
+
+
 def test_layers_with_one_input_are_measured_apart_unless_weights_play_no_part() -> None:
     assert Copal().of_weights
     assert OutputFisher().of_weights

@@ -1,4 +1,4 @@
-"""A recipe over domains: the matrix, going on after a kill between and within domains, domains that arrive later, references."""
+"""A recipe over domains: its matrix, going on after a kill between and within domains, domains that come later, references."""
 
 from __future__ import annotations
 
@@ -147,9 +147,22 @@ def test_going_on_needs_the_memory(tiny: Path, cli: Cli, monkeypatch: pytest.Mon
     kill_in("code", monkeypatch, None)
     assert cli("run", tiny, "--out", "out").code == 130
     plain = ContinualPruning.load_method_state
-    monkeypatch.setattr(ContinualPruning, "load_method_state", lambda self, state: plain(self, state) or self.pruner.kept.sums.__init__())
+    monkeypatch.setattr(
+        ContinualPruning, "load_method_state", lambda self, state: plain(self, state) or self.pruner.kept.sums.__init__()
+    )
     assert cli("run", tiny, "--out", "out", "--ckpt_path", "last").code == 0
     assert not same(weights("whole"), weights("out"))
+
+
+def test_from_dense_weights_nothing_is_left_to_tell(tiny: Path, cli: Cli) -> None:
+    """Targets without zeros are no news once they are pruned."""
+    assert cli("run", tiny, "--method", "null", "--trainer.max_epochs", "1", "--out", "dense").code == 0
+    ended = cli("run", tiny, "--init_from", "dense", "--out", "out")
+    assert (ended.code, ended.err) == (0, ""), ended.err
+    found = metrics("out")
+    assert found["unclaimed"] == {}
+    assert found["dense"]["test/perplexity"] == metrics("dense")["final"]["test/perplexity"]
+    assert found["dense_from"] == "the model as it came, before the first domain"
 
 
 def test_references(tiny: Path, cli: Cli) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sparsetrain.recipe import jobs as module
+from sparsetrain.recipe.experiment import experiment_jobs, load_experiment
 from sparsetrain.recipe.record import record
 from sparsetrain.report.results import check_result, load_result, results_markdown
 from tests.recipes.conftest import Cli
@@ -151,6 +152,22 @@ def test_stages_links_shared_runs_and_other_values(experiment: Path, cli: Cli, m
     layers = json.loads(Path("work/tiny_pruning/row1-seed0/metrics.json").read_text())["layers"]
     assert kept["values"] == [layers[0]["kept"]]
     assert (kept["metric"], kept["higher_is_better"], kept["met"]) == ("weights kept", True, True)
+
+
+def test_rows_may_differ_by_seed_and_stages_do_not(experiment: Path) -> None:
+    text = LINKED.replace("seeds: [0]", "seeds: [0, 1]\nby_seed: {1: {data.batch_size: 50}}")
+    experiment.write_text(text, encoding="utf-8")
+    jobs, owners = experiment_jobs(load_experiment(experiment), experiment, Path("work"))
+    by_out = {job.out.name: " ".join(job.command) for job in jobs}
+    assert [
+        ("--data.batch_size 50" in by_out[name]) for name in ("start-seed0", "start-seed1", "row1-seed0", "row1-seed1")
+    ] == [
+        False,
+        False,
+        False,
+        True,
+    ]
+    assert owners["row1", 1].name == "row1-seed1"
 
 
 CURVES = """\
@@ -302,6 +319,7 @@ BROKEN = {
     "no plus": ("goal: 100", "goal: {row: d}\n", "rows[1].goal is {'row': 'd'}"),
     "key": ("method.pattern: 2:4", "method.pattrn: 2:4", "row1-seed0: command line: unknown key 'pattrn'"),
     "curve": ("model: MLP", "model: MLP\ncurves: [{title: t}]", "curves[0] lacks lines, list"),
+    "by seed": ("seeds: [0, 1]", "seeds: [0, 1]\nby_seed: {2: {trainer.max_epochs: 1}}", "of the seeds [0, 1]"),
     "names": ("  - method: PruneFinetune", "  - name: d\n    method: PruneFinetune", "two stages or rows have the name 'd'"),
 }
 
