@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.allocation import Allocation, Share, get_allocation
-from sparsetrain.criteria import Criterion, Known, StatisticsCriterion, get_criterion
+from sparsetrain.criteria import Criterion, get_criterion
 from sparsetrain.errors import PatternError, RecipeError
 from sparsetrain.masks import MaskManager, sharding
 from sparsetrain.masks.tensor import MaskChange, MaskedTensor
@@ -45,6 +45,19 @@ def validate(manager: MaskManager, sparsity: Sparsity | None, together: bool = F
             tensor.pattern.validate(tensor.target.view_shape, final)
         except PatternError as error:
             raise PatternError(f"{tensor.name}: {error}") from error
+
+
+def validate_allocation(manager: MaskManager, sparsity: Sparsity | None, allocation: Allocation) -> None:
+    """Raise what `validate` does, and what the allocation refuses of patterns and budget, by name; nothing is changed.
+
+    Example: ``validate_allocation(manager, 0.9, ERK())``.
+    """
+    validate(manager, sparsity, together=allocation.pooled)
+    shared = [tensor for tensor in manager if tensor.goal is None]
+    for tensor in shared:
+        allocation.check(tensor.pattern, tensor.name)
+    if shared and sparsity:
+        allocation.validate([Share.without_scores(t.name, t.pattern, t.target.view_shape) for t in shared], sparsity)
 
 
 @torch.no_grad()
@@ -84,7 +97,7 @@ def prune(
     if own is None:
         own = {t.name: t.goal for t in tensors if t.goal is not None}
         validate(manager, sparsity, together=spread.pooled)
-        score.prepare(manager.model, [part for t in tensors for part in parts_of(t, score)])
+        score.prepare(manager.model, [part for t in tensors for part in score.parts(t)])
     require_solvable(tensors, score)
     # A score that looks at other weights is of the model as it is before any of them goes.
     asked = [t for t in tensors if own.get(t.name, 1) or t.mask is not None]
@@ -147,12 +160,6 @@ def _plan(
     return plan
 
 
-def parts_of(tensor: MaskedTensor, criterion: Criterion) -> list[Known]:
-    """What a criterion is bound to: the tensor, or where it looks at inputs and experts are fused, each expert by itself."""
-    by_part = isinstance(criterion, StatisticsCriterion) and criterion.needs == "input"
-    return Known.parts(tensor) if by_part else [Known.of(tensor)]
-
-
 def require_solvable(tensors: Iterable[MaskedTensor], criterion: Criterion) -> None:
     """Raise `RecipeError` for fused experts whose pattern reaches over several of them, where a criterion solves one by one."""
     if type(criterion).solve is Criterion.solve:
@@ -181,7 +188,7 @@ def solution(
     view = tensor.target.layout.view
     weight = view(tensor.target.parameter.detach())
     living = None if alive is None else view(alive)
-    names = [part.name for part in parts_of(tensor, criterion)]
+    names = [part.name for part in criterion.parts(tensor)]
     # Experts divide what the tensor is to lose as evenly as whole numbers allow.
     size = tensor.pattern.units((len(weight) // len(names), *weight.shape[1:]))
     bounds = [math.floor(exact(sparsity) * size * i) for i in range(len(names) + 1)]
@@ -219,7 +226,7 @@ def _compensate(manager: MaskManager, tensor: MaskedTensor, criterion: Criterion
 def scores_of(tensor: MaskedTensor, criterion: Criterion, step: int = 0) -> Tensor:
     """What a criterion makes of a tensor as it is now; this rank's entries, as stored. Higher is more important."""
     parameter = tensor.target.parameter.detach()
-    parts = parts_of(tensor, criterion)
+    parts = criterion.parts(tensor)
     if parts[0].name != tensor.name:
         view = tensor.target.layout.view
         return view(torch.cat([criterion.score(p.parameter, name=p.name, step=step) for p in parts]))

@@ -25,8 +25,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
-from sparsetrain.allocation import Allocation, Share, get_allocation
-from sparsetrain.calibration import known
+from sparsetrain.allocation import Allocation, get_allocation
 from sparsetrain.callbacks.base import SparsityCallback, current_step
 from sparsetrain.callbacks.clock import clock_of
 from sparsetrain.callbacks.recovery import Recovery, Watch
@@ -36,7 +35,7 @@ from sparsetrain.errors import RecipeError
 from sparsetrain.masks import MaskedTensor, MaskManager, Override
 from sparsetrain.masks.verification import warn_of_zeros
 from sparsetrain.patterns import Pattern, Sparsity, exact, parse_pattern
-from sparsetrain.pruning import final_sparsity, prune, validate
+from sparsetrain.pruning import final_sparsity, prune, validate_allocation
 from sparsetrain.schedules import Clock, Curve, OneShot, Rounds, Schedule
 from sparsetrain.targets import Targets
 
@@ -107,14 +106,8 @@ class PruneFinetune(SparsityCallback):
 
     def validate(self) -> None:
         """Every tensor can reach what is asked of it, by a schedule it can follow, and the criterion can score it."""
-        validate(self.masks, self.sparsity, together=self.pooled)
-        for tensor in self.masks:
-            if tensor.goal is None:
-                self.allocation.check(tensor.pattern, tensor.name)
-        shared = [Share.without_scores(t.name, t.pattern, t.target.view_shape) for t in self.masks if t.goal is None]
-        if shared and self.sparsity:
-            self.allocation.validate(shared, self.sparsity)
-        self.criterion.prepare(self.masks.model, [known(t) for t in self.masks])
+        validate_allocation(self.masks, self.sparsity, self.allocation)
+        self.criterion.prepare(self.masks.model, [part for tensor in self.masks for part in self.criterion.parts(tensor)])
 
     @property
     def pooled(self) -> bool:  # type: ignore[override]

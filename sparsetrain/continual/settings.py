@@ -16,7 +16,7 @@ from sparsetrain.masks import MaskManager
 from sparsetrain.oneshot import validate_oneshot
 from sparsetrain.oneshot.settings import to_prune
 from sparsetrain.patterns import Sparsity
-from sparsetrain.pruning import validate
+from sparsetrain.pruning import validate_allocation
 
 Mode = Literal["accumulate", "fresh", "stasis", "joint"]
 
@@ -80,5 +80,5 @@ def validate_continual(
         return
     require_whole(manager, criterion)
     require_sums(criterion)
-    validate(manager, sparsity, together=allocation.pooled)
+    validate_allocation(manager, sparsity, allocation)
     criterion.prepare(manager.model, [Known.of(tensor) for tensor in to_prune(manager)])

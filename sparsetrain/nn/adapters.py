@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import cast_adapter_dtype
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -137,13 +141,13 @@ class Adapters:
         """Write a folder that PEFT loads (``PeftModel.from_pretrained``), and ``masks.safetensors`` beside, for `load`.
 
         ``prefix``: where the network sits in this model, such as ``"network."``; names are written without it. PEFT knows no
-        masks: what it loads, and merges, is dense. Example: ``adapters.save("adapter", prefix="network.")``.
+        masks: what it loads, and merges, is dense. `RecipeError` where the disk refuses; ``folder`` is as it was then.
+
+        Example: ``adapters.save("adapter", prefix="network.")``.
         """
         strange = [n for n in (*self.layers, *self.saved) if not n.startswith(prefix)]
         if strange:
             raise TargetError(f"{strange[0]} is not below {prefix!r}; give the prefix of the network that has the adapters")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         config = copy.deepcopy(self.config)
         tensors: dict[str, Tensor] = {}
         masks: dict[str, SavedMask] = {}
@@ -162,10 +166,11 @@ class Adapters:
                 masks[f"{short}.weight"] = SavedMask(shape, "unstructured", dead, alive, pack_bits(layer.mask.cpu()))
         for name, module in self.saved.items():
             tensors |= {f"{_PEFT}{name.removeprefix(prefix)}.{key}": value for key, value in module.state_dict().items()}
-        config.save_pretrained(str(folder))
         plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        save_file(plain, str(folder / "adapter_model.safetensors"), {"format": "pt"})
-        save_masks(folder / "masks.safetensors", masks)
+        with _written(Path(folder).resolve()) as partial:
+            config.save_pretrained(str(partial))
+            save_file(plain, str(partial / "adapter_model.safetensors"), {"format": "pt"})
+            save_masks(partial / "masks.safetensors", masks)
 
     @classmethod
     def load(cls, model: nn.Module, folder: str | Path, masks: Mapping[str, Tensor | None] | None = None) -> Adapters:
@@ -212,6 +217,29 @@ class Adapters:
         for name, value in found.items():
             own[name].copy_(value)
         return adapters
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[Path]:
+    """A folder beside another, whose files become that one's when all of them are whole."""
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.iterdir():
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())
+        if folder.exists():
+            for file in partial.iterdir():
+                file.replace(folder / file.name)
+        else:
+            partial.rename(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise RecipeError(
+            f"the adapter could not be written to {folder} ({error}); free space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_mask(model: nn.Module, name: str, mask: Tensor | None) -> None:

@@ -5,6 +5,10 @@ block one pass measures what its layers are given, with its own weights still de
 the next block's inputs. Here the first pass ends at the last layer's input, the second is left out after the last block, and
 layers that are given the same tensor are measured once.
 
+An allocation that needs all scores (``owl``, ``global``) takes a dense pass first; the statistics of all tensors are in
+memory at once: of SparseGPT ``4 * in^2`` bytes for every input of ``in`` features (that of q, k and v counts once), 22 GB for a
+Llama of 7B; of Wanda next to nothing.
+
 Targets outside of all blocks (a patch embedding, the head, where asked for) are measured and pruned where they run: those
 before the first block on the data itself, those after the last on what the pruned blocks give. A model without blocks is one.
 """
@@ -54,9 +58,7 @@ def prune_oneshot(
         sparsity: fraction of zeros in [0, 1); may be left out where the pattern has only one (2:4 is 0.5).
         criterion: of weights, or of what layers are given or give: ``"wanda"``, ``"ria"``, ``"sparsegpt"``, ``"magnitude"``.
             Published Wanda compares within rows: pattern ``unstructured:row``.
-        allocation: ``"uniform"``, ``"erk"``, ...; one that needs all scores (``"owl"``, ``"global"``) takes a dense pass first,
-            and memory for the statistics of all tensors at once: of SparseGPT ``4 * in^2`` bytes for every input of ``in``
-            features (that of q, k and v counts once), 22 GB for a Llama of 7B; of Wanda next to nothing.
+        allocation: ``"uniform"``, ``"erk"``, ...; one that needs all scores (``"owl"``, ``"global"``) takes a dense pass first.
         run: gives a batch to the model; by default a mapping by name, of a tuple the first entry, a tensor as it is.
         streaming: see `Streaming`.
         work: a folder; after every block weights, masks and hidden states are kept there, and the same call goes on after a
@@ -66,9 +68,8 @@ def prune_oneshot(
 
     Before anything is changed: `RecipeError` for criteria that need gradients or training, for sharded models and for another
     run's ``work``; `PatternError` for what cannot be reached, and for zeros that are no masks; `DivergedError` for weights that
-    are not finite; `DataError` for no data; `TargetError` for a layer that no sample uses. An expert that none was routed to is
-    pruned by magnitude and told (``unseen``). Later, saying what is pruned already: `DivergedError` naming the layer, block and
-    batch where activations are not finite, `DataError` for inputs that are all zero.
+    are not finite; `DataError` for no data; `TargetError` for a layer no sample uses (experts go by magnitude). Later, saying
+    what is pruned already: `DivergedError` where activations are not finite, `DataError` for inputs that are all zero.
 
     Example::
 

@@ -8,13 +8,13 @@ from typing import Literal
 
 import torch
 
-from sparsetrain.allocation import Allocation, Share
-from sparsetrain.calibration import Offload, is_finite, prepared, require_sums, require_visible, require_whole
-from sparsetrain.criteria import Criterion, Known, StatisticsCriterion
+from sparsetrain.allocation import Allocation
+from sparsetrain.calibration import Offload, is_finite, require_sums, require_visible, require_whole
+from sparsetrain.criteria import Criterion, StatisticsCriterion
 from sparsetrain.errors import DivergedError, PatternError, RecipeError, nearest
 from sparsetrain.masks import MaskedTensor, MaskManager, sharding
 from sparsetrain.patterns import Sparsity, exact
-from sparsetrain.pruning import final_sparsity, require_solvable, validate
+from sparsetrain.pruning import final_sparsity, require_solvable, validate_allocation
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -68,19 +68,11 @@ def validate_oneshot(manager: MaskManager, sparsity: Sparsity | None, criterion:
         require_whole(manager, criterion)
         require_sums(criterion)
         require_visible(manager.model, to_prune(manager), criterion)
-    validate(manager, sparsity, together=allocation.pooled)
+    validate_allocation(manager, sparsity, allocation)
     require_solvable(manager, criterion)
     if not any(exact(final_sparsity(tensor, sparsity)) for tensor in manager):
         raise RecipeError("every target is asked for sparsity 0: nothing would be pruned; raise sparsity or drop overrides")
-    for tensor in manager:
-        if tensor.goal is None:
-            allocation.check(tensor.pattern, tensor.name)
-    shared = [Share.without_scores(t.name, t.pattern, t.target.view_shape) for t in manager if t.goal is None]
-    if shared and sparsity:
-        allocation.validate(shared, sparsity)
-    tensors = to_prune(manager)
-    known = prepared(tensors, criterion) if isinstance(criterion, StatisticsCriterion) else [Known.of(t) for t in tensors]
-    criterion.prepare(manager.model, known)
+    criterion.prepare(manager.model, [part for tensor in to_prune(manager) for part in criterion.parts(tensor)])
 
 
 def to_prune(tensors: Iterable[MaskedTensor]) -> list[MaskedTensor]:

@@ -14,7 +14,7 @@ have
 entry), ``x_label``, ``y_label``, ``log_x``, and ``lines``: name of a stage or row -> label. An accuracy is drawn as an error in
 percent, a sparsity as percent kept.
 
-``by_seed`` has further overrides of all rows (not of stages) for single seeds: ``{0: {data.order: [a, b]}, 1: {data.order: [b, a]}}``.
+``by_seed`` has further overrides of all rows (not of stages) for single seeds: ``{0: {data.order: [a, b]}}``.
 
 ``stages`` are commands that rows need and that are no rows themselves: ``name``, ``command`` (``run`` if not given),
 ``recipe``, ``overrides``, and ``seed``, to run once and not for every seed. In overrides ``@NAME`` is the directory of that

@@ -71,8 +71,8 @@ def require_same(job: Job) -> None:
     for key in {**was, **now}:
         if was.get(key) != now.get(key):
             raise RecipeError(
-                f"{job.out} holds a finished {job.kind} of another command or recipe: {key} was {was.get(key, 'absent')} and is "
-                f"{now.get(key, 'absent')}. {way}"
+                f"{job.out} holds a finished {job.kind} of another command or recipe: {key} was {was.get(key, 'absent')} and "
+                f"is {now.get(key, 'absent')}. {way}"
             )
 
 

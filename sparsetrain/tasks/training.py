@@ -58,7 +58,7 @@ class Task(pl.LightningModule):
         Rounded they would be off by a radian a thousand positions on, and what is saved and loaded again would have others.
         """
         before = {(m, n): b for m in self.modules() for n, b in m._buffers.items() if n.endswith("inv_freq") and b is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for (module, name), exact in before.items():
             now = module._buffers[name]
             if now is not None and now.dtype.itemsize < exact.dtype.itemsize:

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from sparsetrain.calibration import calibrate, first_alone, rest
-from sparsetrain.criteria import Criterion, Seen, SparseGPT, Wanda
+from sparsetrain.callbacks import PruneFinetune
+from sparsetrain.criteria import Criterion, Seen, SparseGPT, StatisticsCriterion, Wanda
 from sparsetrain.errors import (
     DataError,
     DivergedError,
@@ -530,6 +531,18 @@ def test_what_is_asked_is_what_comes_out(criterion: str, allocation: str, patter
     assert report.samples == (0 if criterion == "magnitude" else 6)
 
 
+def test_what_a_block_gives_is_measured_where_the_block_is_a_layer_itself() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    with torch.no_grad():
+        model[0].bias.copy_(torch.tensor([9.0, 0, 9, 0, 9, 0]) - 5)  # of the six neurons three are on
+        model[0].weight.mul_(0.1)
+    manager = MaskManager(model, Targets(include=("^0", "^2")), "neurons")
+    report = prune_oneshot(manager, [torch.randn(6, 4)], 0.5, criterion="activation")
+    assert report.blocks == ["0", "1", "2", "3", "4"]
+    assert manager.masks["0.weight"].any(1).tolist() == [True, False] * 3
+
+
 def test_an_allocation_that_needs_scores_measures_the_dense_model_first() -> None:
     _, manager, _ = pruned(0.7, "unstructured", allocation="global")
     other = llama()
@@ -685,6 +698,17 @@ def test_a_solver_prunes_as_many_blocks_of_each_expert_and_refuses_units_that_re
             prune_oneshot(manager, windows(), 0.45, criterion="sparsegpt")
         same_bits(_MIXTRAL.state_dict(), model.state_dict())
         assert not manager.masks
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_fused_experts_may_be_pruned_by_a_method_that_measures_the_whole_model(criterion: str) -> None:
+    model = copy.deepcopy(_MIXTRAL)
+    method = PruneFinetune(pattern="2:4", criterion=criterion)
+    manager = method.use(model)  # validates
+    assert isinstance(method.criterion, StatisticsCriterion)
+    calibrate(manager, method.criterion, windows(), lambda batch: model(batch).logits.sum())
+    prune(manager, criterion=method.criterion)
+    assert manager.verify(strict=True).sparsity == 0.5
 
 
 def test_fused_experts_keep_their_zeros_and_are_saved_and_adopted() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from sparsetrain.calibration import segments
-from sparsetrain.calibration.stacks import Driver
+from sparsetrain.calibration.driver import Driver
 from sparsetrain.masks import MaskManager
 from sparsetrain.targets import Targets
 
