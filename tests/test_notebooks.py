@@ -94,6 +94,7 @@ def read(path: Path) -> NotebookNode:
 def test_there_are_notebooks():
     assert [path.stem for path in NOTEBOOKS] == [
         "dense_to_sparse",
+        "one_mask_for_many_domains",
         "prune_a_language_model",
         "sparse_from_the_start",
         "what_to_prune",

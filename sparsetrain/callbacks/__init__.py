@@ -12,10 +12,13 @@ from sparsetrain.callbacks.keep_masks import KeepMasks
 from sparsetrain.callbacks.lottery import LotteryTickets
 from sparsetrain.callbacks.nm_training import NMTraining
 from sparsetrain.callbacks.oneshot import OneShotPruning
+from sparsetrain.callbacks.packnet import PackNet
 from sparsetrain.callbacks.prune_finetune import PruneFinetune
 from sparsetrain.callbacks.recovery import Recovery
 from sparsetrain.callbacks.rewinding import Rewind
+from sparsetrain.callbacks.spacenet import SpaceNet
 from sparsetrain.callbacks.sparse_lora import SparseLoRA
+from sparsetrain.callbacks.supermask import Supermask
 from sparsetrain.callbacks.tickets import Control, Lost, TicketRounds
 
 __all__ = [
@@ -30,11 +33,14 @@ __all__ = [
     "LotteryTickets",
     "NMTraining",
     "OneShotPruning",
+    "PackNet",
     "PruneFinetune",
     "Recovery",
     "Rewind",
+    "SpaceNet",
     "SparseLoRA",
     "SparsityCallback",
+    "Supermask",
     "TicketRounds",
     "Update",
 ]
@@ -46,6 +52,9 @@ NAMES: dict[str, type[SparsityCallback]] = {
     "NMTraining": NMTraining,
     "OneShotPruning": OneShotPruning,
     "ContinualPruning": ContinualPruning,
+    "PackNet": PackNet,
+    "Supermask": Supermask,
+    "SpaceNet": SpaceNet,
     "KeepMasks": KeepMasks,
     "SparseLoRA": SparseLoRA,
 }

@@ -70,7 +70,7 @@ class ContinualMatrix(Metric):
         if self.domains > 1:
             backward = float((last - rows.diagonal())[:-1].mean())
             found["backward_transfer"] = backward
-            found["forgetting"] = -backward if self.higher_is_better else backward
+            found["forgetting"] = 0.0 - backward if self.higher_is_better else backward  # never -0.0
             forward = rows.diagonal(1) - self.before[1:]
             if not bool(torch.isnan(forward).any()):
                 found["forward_transfer"] = float(forward.mean())

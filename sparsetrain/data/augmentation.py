@@ -115,7 +115,7 @@ class AugmentedVisionData(VisionData):
         padding: int = 4,
         flip: bool = True,
     ) -> None:
-        super().__init__(name, root, batch_size, validation, seed, normalize)
+        super().__init__(name, root, validation, normalize, batch_size=batch_size, seed=seed)
         _require(padding, flip, seed)
         self.padding = padding
         self.flip = flip

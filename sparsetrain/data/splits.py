@@ -23,7 +23,7 @@ class SplitData(ResumableDataModule, Generic[_Set]):
     Example: ``class Rows(SplitData[TensorSet])``, whose ``setup`` sets ``self.train_set = TensorSet(x, y)``.
     """
 
-    def __init__(self, batch_size: int, seed: int) -> None:
+    def __init__(self, batch_size: int = 100, seed: int = 0) -> None:
         super().__init__()
         if batch_size < 1 or seed < 0:
             raise DataError(f"batch_size={batch_size}, seed={seed}: batch_size must be at least 1 and seed at least 0")

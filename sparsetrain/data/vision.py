@@ -13,6 +13,7 @@ Where ``name`` is looked for, in this order:
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,20 +41,23 @@ _Split = tuple[Tensor, Tensor]
 class VisionData(SplitData[TensorSet]):
     """Train, validation and test images as float32 (N, C, H, W), labels as int64 (N,), all in memory.
 
-    After ``setup``: ``num_classes`` (int), ``image_shape`` ``(C, H, W)``, ``train_set``, ``val_set`` (None without
-    validation), ``test_set`` (None when the source has none). A Hugging Face source without a "test" split gives its
-    "validation" split as test set; the validation set here is always taken from the training split.
+    After ``setup``: ``num_classes`` (int), ``classes`` (the labels there are, ascending), ``image_shape`` ``(C, H, W)``,
+    ``train_set``, ``val_set`` (None without validation), ``test_set`` (None when the source has none). A Hugging Face source
+    without a "test" split gives its "validation" split as test set; the validation set here is always taken from the training
+    split.
 
     Args:
         name: one of `KNOWN` ("digits", "mnist", ...), a folder, or a Hugging Face dataset; the module's text has the order.
         root: the folder, or its parent.
-        batch_size: per process.
         validation: taken from the training set: a fraction in [0, 1) or a count; 0 for none.
-        seed: of the choice of validation samples and of the shuffling.
         normalize: "unit" for pixels / 255; "standardize" for zero mean and unit deviation per channel over the training set;
             "imagenet" for the mean .485 .456 .406 and deviation .229 .224 .225 that many pretrained networks expect.
         image_size: resize to this height and width (bilinear, antialiased); needed when the images differ in size.
         monitor_test: validate on the test set too, as a second loader (to report, not to choose by); needs both sets.
+        classes: keep the samples with these labels only, in every split. Labels keep their numbers, ``num_classes`` stays that
+            of the data set, and what is held out and what images are normalized by is decided before: parts of one data set
+            fit together.
+        loading: ``batch_size`` (per process; 100) and ``seed`` (0; of the choice of validation samples and of the shuffling).
 
     Raises:
         DataError: from the constructor for a bad argument; from ``setup`` when the data are missing, empty, corrupt, or when
@@ -66,14 +70,14 @@ class VisionData(SplitData[TensorSet]):
         self,
         name: str = "digits",
         root: str | None = None,
-        batch_size: int = 100,
         validation: int | float = 0.1,
-        seed: int = 0,
         normalize: Literal["unit", "standardize", "imagenet"] = "unit",
         image_size: int | None = None,
         monitor_test: bool = False,
+        classes: list[int] | None = None,
+        **loading: int,
     ) -> None:
-        super().__init__(batch_size, seed)
+        super().__init__(**loading)
         if validation < 0 or (isinstance(validation, float) and validation >= 1):
             raise DataError(f"validation={validation} is neither a count of samples nor a fraction in [0, 1)")
         if normalize not in _NORMALIZE:
@@ -82,12 +86,16 @@ class VisionData(SplitData[TensorSet]):
             raise DataError(f"image_size={image_size}: give at least 1, or None for the images' own")
         if monitor_test and not validation:
             raise DataError("monitor_test needs a validation set beside the test set; set validation, such as 0.1")
+        if classes is not None and (not classes or len(set(classes)) < len(classes)):
+            raise DataError(f"classes={classes}: give each label to keep once, at least one, or None for all")
         self.source = name
         self.root = root
         self.validation = validation
         self.normalize = normalize
         self.image_size = image_size
         self.monitor_test = monitor_test
+        self.keep = classes
+        self.classes: list[int] = []
         self.num_classes = 0
         self.image_shape = (0, 0, 0)
         self.black = torch.zeros(())  # what a black pixel has become, broadcast to (C, 1, 1)
@@ -96,20 +104,40 @@ class VisionData(SplitData[TensorSet]):
         """Read everything once; later calls do nothing."""
         if self.train_set is not None:
             return
-        splits = _read(self.source, self.root, self.image_size)
+        splits = _read_once(*self._where) if self.keep else _read(*self._where)
         images, labels = splits["train"]
         self.num_classes = 1 + max(int(labels.max()) for _, labels in splits.values())
         channels, height, width = images.shape[1:]
         self.image_shape = (channels, height, width)
         keep, held_out = self._partition(len(images))
         # The statistics of what is trained on: neither validation nor test may leak in.
-        mean, deviation = self._statistics(images[keep])
-        images = (images - mean) / deviation
+        mean, deviation = self._statistics(images[keep] if len(held_out) else images)
         self.black = -mean / deviation
-        self.train_set = TensorSet(images[keep], labels[keep])
-        self.val_set = TensorSet(images[held_out], labels[held_out]) if len(held_out) else None
+        self.classes = self._labels(labels[keep])
+
+        def part(split: _Split, index: Tensor) -> TensorSet | None:
+            if self.keep is not None:
+                index = index[torch.isin(split[1][index], torch.tensor(self.keep))]
+            return TensorSet((split[0][index] - mean) / deviation, split[1][index]) if len(index) else None
+
+        self.val_set = part(splits["train"], held_out)
         if "test" in splits:
-            self.test_set = TensorSet((splits["test"][0] - mean) / deviation, splits["test"][1])
+            self.test_set = part(splits["test"], torch.arange(len(splits["test"][1])))
+        self.train_set = part(splits["train"], keep)
+
+    @property
+    def _where(self) -> tuple[str, str | None, int | None, str | None]:
+        return self.source, self.root, self.image_size, os.environ.get(FOLDER_VARIABLE)
+
+    def _labels(self, trained: Tensor) -> list[int]:
+        """Return the labels of this module, ascending; each that is asked for must be there to train on."""
+        known = sorted(set(trained.tolist()))
+        if self.keep is None:
+            return known
+        for label in self.keep:
+            if label not in known:
+                raise DataError(f"classes={self.keep}: {self.source!r} has no training sample of label {label}; it has {known}")
+        return sorted(self.keep)
 
     def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the deviation to normalize by, each () or (C, 1, 1)."""
@@ -146,11 +174,11 @@ class VisionData(SplitData[TensorSet]):
         return [validation, self.loader(self.test_set, self.batch_size)]
 
 
-def _read(name: str, root: str | None, image_size: int | None) -> dict[str, _Split]:
-    """Return float32 images in [0, 1] and labels per split; "train" is always there."""
+def _read(name: str, root: str | None, image_size: int | None, shared: str | None) -> dict[str, _Split]:
+    """Return float32 images in [0, 1] and labels per split; "train" is always there. ``shared``: `FOLDER_VARIABLE`'s value."""
     if name == "digits":
         splits = _read_digits()
-    elif (folder := _find_folder(name, root)) is None:
+    elif (folder := _find_folder(name, root, shared)) is None:
         splits = _read_hub(name, None, image_size)
     elif is_idx_folder(folder):
         splits = _unit(read_idx_folder(folder))
@@ -159,6 +187,10 @@ def _read(name: str, root: str | None, image_size: int | None) -> dict[str, _Spl
     else:
         splits = _read_hub(name, folder, image_size)
     return {split: (_resize(x, image_size), y) for split, (x, y) in splits.items()}
+
+
+#: Several parts of one data set (``classes``) are cut from what is read once; nobody writes into it.
+_read_once = lru_cache(maxsize=1)(_read)
 
 
 def _unit(splits: dict[str, _Split]) -> dict[str, _Split]:
@@ -174,12 +206,11 @@ def _read_digits() -> dict[str, _Split]:
     return {"train": (images[train], targets[train]), "test": (images[test], targets[test])}
 
 
-def _find_folder(name: str, root: str | None) -> Path | None:
+def _find_folder(name: str, root: str | None, shared: str | None) -> Path | None:
     """Return the folder to read, None for a dataset of the hub; a folder that must be there and is not, raises."""
     if root is not None:
         places = [Path(root) / name, Path(root)]
     else:
-        shared = os.environ.get(FOLDER_VARIABLE)
         places = [Path(shared) / name] if shared else []
         places.append(Path(name))
     for place in places:

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sparsetrain.report.curves import LINES
@@ -46,10 +47,17 @@ def _text(name: str, key: str, value: float) -> str:
 
 
 def domains_plot(metrics: Mapping[str, Any]) -> bytes | None:
-    """SVG of the matrix (stages down, domains across) and of each domain's way through the stages.
+    """`domains_figure` as SVG, the same bytes every time. Example: ``domains_plot(metrics)``."""
+    with mpl.rc_context(STYLE):
+        drawn = domains_figure(metrics)
+        return None if drawn is None else svg_bytes(drawn)
+
+
+def domains_figure(metrics: Mapping[str, Any]) -> Figure | None:
+    """The matrix (stages down, domains across), and each domain's way through the stages.
 
     Colours and the second panel show by how much a domain is worse than right after its own stage, in percent of what it was
-    then. None with fewer than two domains. Example: ``domains_plot(metrics)``.
+    then. None with fewer than two domains. Example: ``domains_figure(metrics)`` as the last line of a notebook's cell.
     """
     found, name = metrics.get("continual") or {}, metrics.get("metric") or ""
     domains, matrix = found.get("domains") or [], found.get("matrix") or []
@@ -66,16 +74,15 @@ def domains_plot(metrics: Mapping[str, Any]) -> bytes | None:
         drawn = figure(4.0 + 1.7 * len(domains), 1.7 + 0.42 * len(domains) + 0.8)
         left, right = drawn.subplots(1, 2, width_ratios=(1.1, 1))
         _heat(left, domains, matrix, worse, name)
-        stages = range(len(domains))
         for i, (domain, (color, marker, dash)) in enumerate(zip(domains, LINES * len(domains), strict=False)):
-            points = [(t + 1, worse(t, i)) for t in stages if t >= i]
+            points = [(t + 1, worse(t, i)) for t in range(i, len(domains))]
             right.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=dash, markersize=4.5, label=domain)
         right.axhline(0, color="#9a9a9a", linewidth=0.8)
         right.set_title("Worse than when it was learned, %", loc="left", fontsize=10, color=INK)
         right.set_xlabel("domains learned")
         right.xaxis.set_major_locator(MaxNLocator(integer=True))
         right.legend(fontsize=8)
-        return svg_bytes(drawn)
+        return drawn
 
 
 def _heat(axes: Axes, domains: Sequence[str], matrix: Sequence[Sequence[float | None]], worse: Any, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparsetrain.tasks.causal_lm import CausalLM
 from sparsetrain.tasks.classification import Classification
+from sparsetrain.tasks.incremental import IncrementalClassification
 from sparsetrain.tasks.networks import MLP, LeNet5Caffe, LeNet300, SmallResNet
 from sparsetrain.tasks.perplexity import Perplexity, perplexity
 from sparsetrain.tasks.pretrained import save_pretrained
@@ -14,6 +15,7 @@ __all__ = [
     "MLP",
     "CausalLM",
     "Classification",
+    "IncrementalClassification",
     "LeNet5Caffe",
     "LeNet300",
     "Perplexity",

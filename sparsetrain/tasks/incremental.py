@@ -83,6 +83,7 @@ class IncrementalClassification(Classification):
 
     def setup(self, stage: str) -> None:
         """Ask the data module for the classes of the task; those that are trained count as seen from now on."""
+        super().setup(stage)
         self.current_classes = classes_of(getattr(self.trainer, "datamodule", None), self.num_classes)
         if stage == "fit":
             self.seen_classes[self.current_classes] = True

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from sparsetrain.callbacks.packnet import PackNet
@@ -26,6 +27,7 @@ from sparsetrain.targets import Targets
 from sparsetrain.tasks.incremental import IncrementalClassification
 
 from .promises import assert_pattern, same_bits
+from .ranks import Group
 from .toys import trainer
 
 Method = PackNet | Supermask
@@ -381,3 +383,45 @@ def test_a_task_of_an_unknown_class() -> None:
     fit(method, module, data, 0)
     with pytest.raises(DataError, match=r"domain '1: \[11\]': classes=\[11\]: 'digits' has no training sample of label 11"):
         fit(method, module, data, 1)
+
+
+# ---------------------------------------------------------------- two ranks
+
+
+def two_tasks(strategy: str) -> dict[str, Any]:
+    """Two tasks of two methods on however many ranks there are."""
+    found: dict[str, Any] = {}
+    for name in ("packnet", "winning"):
+        method, module, data = METHODS[name](), model("adam"), sequence(batch_size=16 if strategy == "ddp" else 32)
+        known = []
+        for task in range(2):
+            several = {"strategy": DDPStrategy(), "devices": 2} if strategy == "ddp" else {}
+            fit(method, module, data, task, max_epochs=1, **several)
+            known.append(logits(method, module, data, task))
+        found[name] = {
+            "weights": module.state_dict(),
+            "state": method.method_state(),
+            "kept": torch.equal(logits(method, module, data, 0), known[0]),
+        }
+    return found
+
+
+def on_a_rank(folder: Path) -> dict[str, Any]:
+    return two_tasks("ddp")
+
+
+def test_two_ranks_have_the_same_tasks_and_keep_them(tmp_path: Path) -> None:
+    ranks = Group(on_a_rank, tmp_path).results()
+    alone = two_tasks("auto")
+    for name, one in alone.items():
+        first, second = (rank[name] for rank in ranks)
+        same_bits(first["weights"], second["weights"])
+        assert first["kept"]
+        assert second["kept"]
+        assert one["kept"]
+        kept = "owners" if name == "packnet" else "dense"
+        same_bits(first["state"][kept], second["state"][kept])
+    # Ranks add gradients in another order than one process does; the first task's owners are the same all the same.
+    owners = [state["packnet"]["state"]["owners"] for state in (ranks[0], alone)]
+    agree = [float((owners[0][n] == owners[1][n]).float().mean()) for n in owners[0]]
+    assert min(agree) > 0.9
