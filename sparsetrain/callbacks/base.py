@@ -69,6 +69,8 @@ class SparsityCallback(Callback):
     def on_validated(self, trainer: Trainer) -> None:
         """A validation inside training has ended."""
 
+    #: How sparse the targets become follows from the method's other settings: nobody need ask for a sparsity.
+    sets_sparsity = False
     #: The targets share one budget: how much each of them loses is decided when it is pruned.
     pooled = False
 

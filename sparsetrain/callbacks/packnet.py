@@ -60,6 +60,8 @@ class PackNet(SparsityCallback):
     Example: ``Trainer(callbacks=[PackNet(share="even")]).fit(model, datamodule=sequence)``, once for each domain entered.
     """
 
+    sets_sparsity = True
+
     def __init__(
         self,
         share: float | Literal["even"] = "even",

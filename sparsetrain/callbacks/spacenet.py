@@ -63,6 +63,8 @@ class SpaceNet(SparsityCallback):
     Example: ``Trainer(callbacks=[SpaceNet()]).fit(model, datamodule=sequence)``, once for each domain entered.
     """
 
+    sets_sparsity = True
+
     def __init__(
         self,
         neurons: float | Literal["even"] = "even",

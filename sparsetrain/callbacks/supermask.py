@@ -67,6 +67,8 @@ class Supermask(SparsityCallback):
     Example: ``Trainer(callbacks=[Supermask(sparsity=0.7)]).fit(model, datamodule=sequence)``, once for each domain entered.
     """
 
+    sets_sparsity = True
+
     def __init__(
         self,
         weights: Literal["winning", "fixed"] = "winning",

@@ -85,7 +85,7 @@ def plan(recipe: Path, overrides: Sequence[str] = ()) -> Plan:
         if not any(str(error) == problem for problem in result.problems) and not result.problems:
             result.problems.append(str(error))
     unsaid = [tensor.name for tensor in manager if method.final(tensor) is None] if not result.problems else []
-    if unsaid and config.init_from is None:
+    if unsaid and not method.sets_sparsity and config.init_from is None:
         result.problems.append(
             f"{unsaid[0]}: nothing says how sparse it is to be; give a sparsity, or start from a pruned model (init_from)"
         )

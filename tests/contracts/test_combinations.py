@@ -50,6 +50,8 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "NMTraining": {"straight-through": {}},
     "OneShotPruning": {"one shot": {}},
     "ContinualPruning": {"domains": {}},
+    "PackNet": {"tasks": {}},
+    "Supermask": {"tasks": {}},
     "LotteryTickets": {"tickets": {"rounds": TicketRounds(count=1, every="6st", prune_rate=SPARSITY)}},
 }
 
@@ -77,6 +79,8 @@ REFUSED: dict[tuple[str, str, str], str] = {
     ("tickets", "*", "2:4"): "2:4 has one sparsity and cannot follow rounds",
     **{("tickets", name, "*"): "needs data; tickets need one of weights" for name in DATA},
     **{("one shot", name, "*"): "needs gradients of the loss" for name in ("gradient", "snip", "taylor", "fisher", "obs")},
+    # What they do with each pattern on a sequence of tasks is in test_task_incremental.py.
+    ("tasks", "*", "*"): "give the trainer a DomainSequence as datamodule",
     ("domains", "movement", "*"): "watches training, and one-shot pruning sees none",
     ("domains", "platon", "*"): "keeps no sums that could be added over domains",
     **{("one shot", name, "*"): "watches training, and one-shot pruning sees none" for name in ("movement", "platon")},
