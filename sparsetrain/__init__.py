@@ -51,11 +51,12 @@ if TYPE_CHECKING:
         TicketRounds,
         Update,
     )
-    from sparsetrain.data import DomainSequence, TextClassificationData, TextData, VisionData
+    from sparsetrain.data import DomainSequence, RolloutData, TextClassificationData, TextData, VisionData
     from sparsetrain.tasks import (
         CausalLM,
         Classification,
         IncrementalClassification,
+        PolicyGradient,
         SequenceClassification,
         perplexity,
         save_pretrained,
@@ -78,9 +79,11 @@ _LIGHTNING = {
     "NMTraining": "callbacks",
     "OneShotPruning": "callbacks",
     "PackNet": "callbacks",
+    "PolicyGradient": "tasks",
     "PruneFinetune": "callbacks",
     "Recovery": "callbacks",
     "Rewind": "callbacks",
+    "RolloutData": "data",
     "SequenceClassification": "tasks",
     "SpaceNet": "callbacks",
     "SparseLoRA": "callbacks",
@@ -128,10 +131,12 @@ __all__ = [
     "PackNet",
     "Pattern",
     "Piecewise",
+    "PolicyGradient",
     "PruneFinetune",
     "Random",
     "Recovery",
     "Rewind",
+    "RolloutData",
     "Rounds",
     "Schedule",
     "SequenceClassification",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sparsetrain.data.augmentation import AugmentedSet, AugmentedVisionData
 from sparsetrain.data.domains import DomainSequence
 from sparsetrain.data.loading import BatchDataset, ResumableDataModule, ResumableLoader, TensorSet, identity
+from sparsetrain.data.rollouts import RolloutData
 from sparsetrain.data.text import TextData
 from sparsetrain.data.text_classification import LabelledTexts, TextClassificationData
 from sparsetrain.data.tokens import Tokenizer, get_tokenizer
@@ -19,6 +20,7 @@ __all__ = [
     "LabelledTexts",
     "ResumableDataModule",
     "ResumableLoader",
+    "RolloutData",
     "TensorSet",
     "TextClassificationData",
     "TextData",

@@ -7,6 +7,7 @@ from sparsetrain.tasks.classification import Classification
 from sparsetrain.tasks.incremental import IncrementalClassification
 from sparsetrain.tasks.networks import MLP, LeNet5Caffe, LeNet300, SmallResNet
 from sparsetrain.tasks.perplexity import Perplexity, perplexity
+from sparsetrain.tasks.policy import PolicyGradient
 from sparsetrain.tasks.pretrained import save_pretrained
 from sparsetrain.tasks.sequence_classification import SequenceClassification
 from sparsetrain.tasks.training import Task, lr_factor
@@ -19,6 +20,7 @@ __all__ = [
     "LeNet5Caffe",
     "LeNet300",
     "Perplexity",
+    "PolicyGradient",
     "SequenceClassification",
     "SmallResNet",
     "Task",
