@@ -118,7 +118,8 @@ class ContinualPruner:
 
         Args:
             name: of the domain, one that was not learned yet.
-            batches: its calibration data, read once; criteria that need no data take none.
+            batches: its calibration data, read once, with the base weights in the model (but for memory ``"stasis"``), should
+                it make the data itself; criteria that need no data take none.
             run: gives a batch to the model; by default a mapping by name, of a tuple the first entry, a tensor as it is.
             loss: batch -> loss, for criteria of gradients.
             weight: of this domain's statistics, above 0; those of every domain are means, whatever its size.
@@ -133,7 +134,8 @@ class ContinualPruner:
         for tensor in to_prune(self.manager) if not self.domains else ():
             require_sane(tensor)
         started = time.perf_counter()
-        data = self._data_of(batches, loss)
+        with self.kept.unpruned():
+            data = self._data_of(batches, loss)
         before = self.manager.counts()
         changes = len(self.manager.changes)
         with self._undone_on_error(changes):

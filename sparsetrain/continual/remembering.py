@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,27 @@ class Remembering:
         self.changed, self._touched, self._known = (0, 0), [], set(self.segments)
         self._old = {tensor.name: tensor.sparsity for tensor in self.manager}
         self._weight, self._step, self._why = weight, step, why
+
+    @contextmanager
+    @torch.no_grad()
+    def unpruned(self) -> Iterator[None]:
+        """The base weights in the model, inside the ``with``: data that the model makes itself (a policy that plays) is then
+        made by what is pruned, not by what earlier domains have left of it. Not with ``"stasis"``, which has no base.
+        """
+        touched = []
+        try:
+            for segment in self.segments if self.memory.mode != "stasis" else ():
+                parameters = {name: self.manager[name].target.parameter for name in self.segments[segment]}
+                self._before.put(segment, {name: {"weight": p.detach()} for name, p in parameters.items()})
+                touched.append(segment)
+                for name, values in self.base.load(segment).items():
+                    parameters[name].copy_(values["weight"])
+            yield
+        finally:
+            for segment in touched:
+                for name, values in self._before.load(segment, pending=True).items():
+                    self.manager[name].target.parameter.copy_(values["weight"])
+            self._before.discard()
 
     def bring_back(self, segment: str, tensors: Sequence[MaskedTensor]) -> None:
         """Write the base weights of a segment into the model; in a first domain, remember them.

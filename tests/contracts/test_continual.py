@@ -147,6 +147,33 @@ def test_dense_streams_do_not_know_the_order(name: str) -> None:
             torch.testing.assert_close(value, found[1][tensor][key], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["accumulate", "fresh", "stasis", "joint"])
+@pytest.mark.parametrize("in_files", [False, True])
+def test_data_that_the_model_makes_is_made_by_the_base(mode: Any, in_files: bool, tmp_path: Path) -> None:
+    """A policy plays its own calibration data; pruned for another domain it would show its failures, not its needs."""
+    model = one_layer()
+    dense = model[0].weight.detach().clone()
+    manager = MaskManager(model, Targets(head=True), "unstructured")
+    memory = Memory(mode=mode, folder=tmp_path / "kept" if in_files else None)
+    pruner = ContinualPruner(manager, 0.5, criterion=SparseGPT(), memory=memory)
+    pruner.learn("a", [domain(0, 3.0, 0.3)])
+    pruned = model[0].weight.detach().clone()
+    played = []
+
+    def play(fails: bool) -> Any:
+        played.append(model[0].weight.detach().clone())
+        yield domain(16, 3.0, 0.3)
+        if fails:
+            raise DataError("the world has ended")
+
+    with pytest.raises(DataError, match="the world has ended"):
+        pruner.learn("b", play(fails=True))
+    assert torch.equal(model[0].weight, pruned)
+    pruner.learn("b", play(fails=False))
+    assert [torch.equal(weight, pruned if mode == "stasis" else dense) for weight in played] == [True, True]
+    assert manager.verify(strict=True).ok
+
+
 def test_domains_weigh_the_same_whatever_their_size() -> None:
     model = one_layer()
     manager = MaskManager(model, Targets(head=True), "unstructured")
