@@ -55,6 +55,8 @@ KNOWS = {
     "__main__": "cli",
 }
 LIGHTNING = {"callbacks", "tasks", "data", "recipe", "cli"}
+#: What callbacks are made from, and may therefore import.
+BASES = ("base", "task_order")
 
 FILE_LINES, FUNCTION_LINES, ARGUMENTS = 300, 60, 8
 LATER = re.compile(r"\b(NotImplementedError|TODO|FIXME)\b")
@@ -80,7 +82,7 @@ def imported(tree: ast.Module, path: str) -> Iterator[tuple[int, list[str]]]:
 
 def is_callback_module(source: str) -> bool:
     classes = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
-    return any(ast.unparse(base).endswith("Callback") for node in classes for base in node.bases)
+    return any(ast.unparse(base).endswith(("Callback", "TaskMethod")) for node in classes for base in node.bases)
 
 
 def import_problems(path: str, tree: ast.Module, sources: dict[str, str]) -> Iterator[str]:
@@ -101,8 +103,8 @@ def import_problems(path: str, tree: ast.Module, sources: dict[str, str]) -> Ite
             yield f"{where}: {room} may not know {name[1]}"
         elif name[1] == room == "callbacks" and not path.endswith("__init__.py"):
             other = f"{PACKAGE}/callbacks/{name[2]}.py"
-            if other not in sources or (name[2] != "base" and is_callback_module(sources[other])):
-                yield f"{where}: a callback knows no other callback, only base: {'.'.join(name)}"
+            if other not in sources or (name[2] not in BASES and is_callback_module(sources[other])):
+                yield f"{where}: a callback knows no other callback, only {' and '.join(BASES)}: {'.'.join(name)}"
 
 
 def constructor_arguments(node: ast.ClassDef) -> int:
@@ -177,6 +179,10 @@ FINE = {
     "sparsetrain/callbacks/base.py": '"""B."""\nfrom sparsetrain.callbacks.tool import f\nclass _B(Callback): ...\n',
     "sparsetrain/callbacks/tool.py": '"""No callback."""\nimport lightning.pytorch as pl\n',
     "sparsetrain/callbacks/one.py": '"""One."""\nfrom sparsetrain.callbacks.base import _B\nclass _One(_B, pl.Callback): ...\n',
+    "sparsetrain/callbacks/task_order.py": '"""T."""\nfrom sparsetrain.callbacks.base import _B\nclass _T(_B, Callback): ...\n',
+    "sparsetrain/callbacks/two.py": (
+        '"""Two."""\nfrom sparsetrain.callbacks.task_order import TaskMethod\nclass _Two(TaskMethod): ...\n'
+    ),
 }
 DOC = '"""Says so."""\n'
 
@@ -204,6 +210,7 @@ def constructor(arguments: int) -> str:
         ("callbacks/new.py", "from sparsetrain.callbacks.one import One", "no other callback"),
         ("callbacks/new.py", "from sparsetrain.callbacks import One", "no other callback"),
         ("callbacks/new.py", "from .one import One", "no other callback"),
+        ("callbacks/new.py", "from .two import _Two", "no other callback"),
         ("callbacks/new.py", "from sparsetrain.recipe import build", "callbacks may not know recipe"),
         ("report/new.py", "import sparsetrain.recipe", "report may not know recipe"),
         ("recipe/new.py", "from sparsetrain.cli import main", "recipe may not know cli"),

@@ -19,8 +19,9 @@ statistics stay as measured. ``drift`` in the facts of a run is how far the weig
 ``decay``, so that what was measured long ago counts less.
 
 Combines with: any optimizer, LR schedule, AMP, accumulation, clipping, EMA callbacks, DDP (statistics are summed over ranks).
-Not with FSDP2. How it fails: ``mode: stasis`` and magnitude never forget, and never learn: read average, forgetting and churn
-together; very different domains share too few weights at high sparsity, where joint pruning is no better.
+Not with FSDP2; ``mode: joint`` and a memory folder take one process, and a folder is one run's alone. How it fails:
+``mode: stasis`` and magnitude never forget, and never learn: read average, forgetting and churn together; very different
+domains share too few weights at high sparsity, where joint pruning is no better.
 """
 
 from __future__ import annotations

@@ -13,19 +13,17 @@ that is left: give a number where tasks may be appended. ``pattern`` is what the
 each task takes one of every eight, and eight tasks fit; ``neurons`` gives whole outputs. ``restart``: where free weights
 start, at random, or at zero as in the authors' code (slower, and no way for whole units: all weights of a neuron at zero
 learn nothing). ``rest``: biases, norms and their running statistics are the first task's, frozen (the paper's choice), or
-``per_task`` copies. Rows of the output head belong to the classes of a task.
+``per_task`` copies, which whole units need under norms. Rows of the output head belong to the classes of a task.
 
 Combines with: any optimizer, LR schedule, weight decay, accumulation, clipping, AMP, DDP; `IncrementalClassification` with
 scenario "task"; other tasks too, where the head is then one of the rest.
 
-How it fails: a network that is full refuses the next task. A first task with a large share leaves little to learn later ones
-with. Averaged weights (EMA, SWA) and FSDP2 are refused.
+How it fails: a network that is full refuses the next task. A new object on a packed network is refused: it knows no owners. A
+first task with a large share leaves little to learn later ones with. Averaged weights (EMA, SWA) and FSDP2 are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -34,9 +32,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from sparsetrain.callbacks.base import SparsityCallback, current_step
+from sparsetrain.callbacks.base import current_step
 from sparsetrain.callbacks.clock import clock_of
-from sparsetrain.callbacks.task_order import TaskOrder
+from sparsetrain.callbacks.task_order import TaskMethod, TaskOrder
 from sparsetrain.errors import PatternError, RecipeError
 from sparsetrain.incremental import FREE, claim, serving_mask
 from sparsetrain.masks import MaskedTensor, MaskManager
@@ -44,7 +42,7 @@ from sparsetrain.patterns import Pattern, UnitPattern, exact, parse_pattern
 from sparsetrain.targets import Targets
 
 
-class PackNet(SparsityCallback):
+class PackNet(TaskMethod):
     """Pack task after task into one network, and freeze what each has taken.
 
     Args:
@@ -57,10 +55,13 @@ class PackNet(SparsityCallback):
 
     Raises `RecipeError`, `PatternError` or `TargetError` for what cannot work; `PatternError` when the network is full.
 
-    Example: ``Trainer(callbacks=[PackNet(share="even")]).fit(model, datamodule=sequence)``, once for each domain entered.
-    """
+    Example, with one object for all tasks and a trainer for each::
 
-    sets_sparsity = True
+        method = PackNet(share="even")
+        for name in sequence:
+            sequence.enter(name)
+            Trainer(callbacks=[method]).fit(model, datamodule=sequence)
+    """
 
     def __init__(
         self,
@@ -87,7 +88,6 @@ class PackNet(SparsityCallback):
         self.owners: dict[str, Tensor] = {}
         self._asked: dict[str, list[Fraction]] = {}
         self._spread: dict[str, float] = {}
-        self._order: TaskOrder | None = None
         self._due = 0
         self._early = False
 
@@ -97,17 +97,14 @@ class PackNet(SparsityCallback):
         """A manager of what all tasks together own; the pattern of one task is kept here."""
         return MaskManager(model, self.targets)
 
-    def use(self, model: nn.Module, manager: MaskManager | None = None) -> MaskManager:
-        """Bind to a model; on another one than before everything begins anew."""
-        if manager is not None:
-            raise RecipeError("PackNet masks by owners and makes its own manager: call use(model), with a dense model")
-        known = self.manager
-        made = super().use(model)
-        if made is not known:
-            self._order = TaskOrder("PackNet", made, self.rest == "per_task")
-            self.owners = {t.name: torch.zeros(t.target.shape, dtype=torch.uint8) for t in made}
-            self._asked = {t.name: [] for t in made}
-        return made
+    def forget(self, made: MaskManager) -> TaskOrder:
+        """All weights are free. Refuses norms whose statistics would tell nothing of neurons that the first task frees."""
+        order = TaskOrder("PackNet", made, self.rest == "per_task")
+        if isinstance(self.pattern, UnitPattern) and self.rest == "first":
+            order.rest.refuse_norms(f"PackNet with pattern {self.pattern} needs rest='per_task'")
+        self.owners = {t.name: torch.zeros(t.target.shape, dtype=torch.uint8) for t in made}
+        self._asked = {t.name: [] for t in made}
+        return order
 
     def validate(self) -> None:
         """Every tensor can have the pattern; N:M needs an input dimension that divides by its group."""
@@ -120,44 +117,45 @@ class PackNet(SparsityCallback):
             except PatternError as error:
                 raise PatternError(f"{tensor.name}: {error}") from error
 
-    @property
-    def order(self) -> TaskOrder:
-        """The tasks so far; raises before there is a model."""
-        if self._order is None:
-            raise PatternError("PackNet has no model yet: call use(model), or trainer.fit")
-        return self._order
-
     # -- running ----------------------------------------------------------------------------------------------------------
 
     def on_begin(self, trainer: Trainer, resumed: bool) -> None:
-        """Only a sequence says what a task is."""
-        self.order.require_sequence(trainer)
+        """Remember the scale that weights start at."""
+        super().on_begin(trainer, resumed)
         if not self.order.names:
-            if self.masks.masks:
-                raise RecipeError("PackNet starts from a dense model, and this one has masks; start from its dense weights")
             self._spread = {t.name: float(t.target.parameter.detach().float().std()) for t in self.masks}
 
     def begin_domain(self, trainer: Trainer, index: int, name: str) -> None:
         """A task begins: free weights are there again, those of earlier tasks are frozen."""
-        if self.order.enter(trainer, name) and self.order.task > 1:
-            self._free(trainer)
-        for tensor in self.masks:
-            owners = self._owners(tensor)
-            self.order.frozen.freeze(tensor.target.parameter, (owners != FREE) & (owners < self.order.task))
-        self.order.freeze(trainer)
         clock = clock_of(trainer)
         self._due, self._early = clock.steps(self.prune_at), False
         if clock.total_steps is not None and not 0 < self._due <= clock.total_steps:
             raise RecipeError(
                 f"prune_at={self.prune_at!r} is step {self._due} of the {clock.total_steps} of task {name!r}; let it lie inside"
             )
+        if self.order.enter(trainer, name):
+            for tensor in self.masks:
+                self._require_room(tensor, name)
+            if self.order.task:
+                self._free(trainer, self.order.task + 1)
+            self.order.commit(name)
+        for tensor in self.masks:
+            owners = self._owners(tensor)
+            self.order.frozen.freeze(tensor.target.parameter, (owners != FREE) & (owners < self.order.task))
+        self.order.freeze(trainer)
+
+    def _require_room(self, tensor: MaskedTensor, name: str) -> None:
+        """Better now than after half of the training."""
+        view, owners = tensor.target.layout.view, self._owners(tensor)
+        try:
+            claim(view((owners == FREE).float()), view(owners), self.pattern, Fraction(1))
+        except PatternError as error:
+            raise PatternError(f"{tensor.name}, task {name!r}: {error}") from error
 
     @torch.no_grad()
-    def _free(self, trainer: Trainer) -> None:
-        task = self.order.task
+    def _free(self, trainer: Trainer, task: int) -> None:
         for tensor in self.masks:
             parameter, free = tensor.target.parameter, self._owners(tensor) == FREE
-            self._require_room(tensor, free)
             everything = torch.ones_like(free)
             self.masks.install(tensor.name, everything, 0, step=current_step(trainer), why=f"task {task} begins")
             if self.restart == "random":
@@ -166,19 +164,6 @@ class PackNet(SparsityCallback):
                 fresh = torch.randn(tensor.target.shape, generator=torch.Generator().manual_seed(seed))
                 fresh = (fresh * self._spread[tensor.name]).to(parameter)
                 self.masks.write(tensor.name, torch.where(free, fresh, parameter.detach()))
-
-    def _require_room(self, tensor: MaskedTensor, free: Tensor) -> None:
-        """Better now than after half of the training."""
-        view = tensor.target.layout.view
-        try:
-            claim(view(free.float()), view(self._owners(tensor)), self.pattern, Fraction(1))
-        except PatternError as error:
-            raise PatternError(f"{tensor.name}, task {self.order.names[-1]!r}: {error}") from error
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Norms of the first task keep their statistics."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self.order.rest.hold_norms(self.order.task)
 
     def on_step(self, trainer: Trainer, step: int) -> None:
         """Prune when it is due."""
@@ -211,11 +196,17 @@ class PackNet(SparsityCallback):
             self.masks.install(tensor.name, alive, dead, step=step, why=f"task {task} prunes")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The task is over. Verify its weights too."""
-        if self.order.ended < self.order.task and not self._claimed and self._state is None:
+        """Training may have stopped before it was due to prune."""
+        if self._state is not None:  # resumed where it ends: it never started
+            self._state["validation_due"] = False
+            self.on_train_start(trainer, pl_module)
+        if self.order.ended < self.order.task and not self._claimed:
             self._early = True
             self._claim(self._fraction(trainer), current_step(trainer))
         super().on_fit_end(trainer, pl_module)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Verify the weights of each task too."""
         for tensor in self.masks:
             view, owners = tensor.target.layout.view, self.owners[tensor.name]
             for task, sparsity in enumerate(self._asked[tensor.name], 1):
@@ -223,7 +214,6 @@ class PackNet(SparsityCallback):
                     self.pattern.check(view(owners == task), sparsity)
                 except PatternError as error:
                     raise PatternError(f"{tensor.name}, task {self.order.names[task - 1]!r}: {error}") from error
-        self.order.leave()
 
     def shortfall(self) -> str | None:
         """Training stopped before it had pruned."""
@@ -231,22 +221,9 @@ class PackNet(SparsityCallback):
 
     # -- serving ----------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def serving(self, index: int, name: str) -> Iterator[None]:
-        """The network as the task left it; for a task that was not trained, or not to its end, as it is now."""
-        task = self.order.place(name)
-        if task > self.order.ended:
-            yield
-            return
-        now = {t.name: t.target.parameter.detach().clone() for t in self.masks}
-        try:
-            for tensor in self.masks:
-                tensor.target.parameter.detach().masked_fill_(~serving_mask(self._owners(tensor), task), 0.0)
-            with self.order.rest.serving(task):
-                yield
-        finally:
-            for tensor in self.masks:
-                tensor.target.parameter.detach().copy_(now[tensor.name])
+    def weights_of(self, tensor: MaskedTensor, task: int) -> Tensor:
+        """Those that it owns and that tasks before it own."""
+        return tensor.target.parameter.detach().masked_fill(~serving_mask(self._owners(tensor), task), 0.0)
 
     def facts(self) -> dict[str, Any]:
         """How many weights each task owns, how many are free, and how many numbers the network keeps in all."""
@@ -263,11 +240,11 @@ class PackNet(SparsityCallback):
     def method_state(self) -> dict[str, Any]:
         """Owners, what each task took, and the tasks."""
         asked = {name: [[s.numerator, s.denominator] for s in given] for name, given in self._asked.items()}
-        return {"owners": dict(self.owners), "asked": asked, "spread": self._spread, "order": self.order.state_dict()}
+        return {"owners": dict(self.owners), "asked": asked, "spread": self._spread, **super().method_state()}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.owners = dict(state["owners"])
         self._asked = {name: [Fraction(*pair) for pair in given] for name, given in state["asked"].items()}
         self._spread = dict(state["spread"])
-        self.order.load_state_dict(state["order"])
+        super().load_method_state(state)

@@ -20,12 +20,14 @@ reserved, about 0.84.
 
 Combines with: networks whose targets form a chain (MLP, LeNet), any optimizer, LR schedule, accumulation, AMP, clipping.
 
-How it fails: branches and shortcuts are refused, FSDP2 and averaged weights too; a network without free neurons takes no task.
+How it fails: branches, shortcuts and whatever mixes neurons (LayerNorm) or keeps running statistics of them (BatchNorm) are
+refused, FSDP2 and averaged weights too; a network without free neurons takes no task.
 Memory-free, old and new classes are confused far more than with any replay: expect 70 to 80 % on split MNIST.
 """
 
 from __future__ import annotations
 
+from copy import deepcopy
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -33,9 +35,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from sparsetrain.callbacks.base import SparsityCallback, current_step
+from sparsetrain.callbacks.base import current_step
 from sparsetrain.callbacks.clock import clock_of
-from sparsetrain.callbacks.task_order import TaskOrder, current_classes
+from sparsetrain.callbacks.task_order import TaskMethod, TaskOrder, current_classes
 from sparsetrain.errors import DataError, PatternError, RecipeError
 from sparsetrain.incremental.chain import require_chain
 from sparsetrain.incremental.samples import SampleMemory
@@ -46,7 +48,7 @@ from sparsetrain.patterns import exact
 from sparsetrain.targets import Targets
 
 
-class SpaceNet(SparsityCallback):
+class SpaceNet(TaskMethod):
     """Give each task neurons of its own in one sparse network.
 
     Args:
@@ -60,10 +62,13 @@ class SpaceNet(SparsityCallback):
 
     Raises `RecipeError`, `TargetError` or `PatternError` for what cannot work; `PatternError` when too few neurons are free.
 
-    Example: ``Trainer(callbacks=[SpaceNet()]).fit(model, datamodule=sequence)``, once for each domain entered.
-    """
+    Example, with one object for all tasks and a trainer for each::
 
-    sets_sparsity = True
+        method = SpaceNet()
+        for name in sequence:
+            sequence.enter(name)
+            Trainer(callbacks=[method]).fit(model, datamodule=sequence)
+    """
 
     def __init__(
         self,
@@ -86,7 +91,6 @@ class SpaceNet(SparsityCallback):
         chosen = targets or Targets()
         self.targets = Targets(chosen.include, chosen.exclude, chosen.embeddings, head=True)
         self._spaces: Spaces | None = None
-        self._order: TaskOrder | None = None
         self._importance: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
         self._moves: list[int] = []
@@ -99,20 +103,15 @@ class SpaceNet(SparsityCallback):
         """A manager of the one mask, the head's included."""
         return MaskManager(model, self.targets)
 
-    def use(self, model: nn.Module, manager: MaskManager | None = None) -> MaskManager:
-        """Bind to a model; on another one than before everything begins anew."""
-        if manager is not None:
-            raise RecipeError("SpaceNet makes its own masks, sparse from the start: call use(model), with a dense model")
-        known = self.manager
-        made = super().use(model)
-        if made is not known:
-            self._chained = False
-            self._spaces = Spaces({t.name: t.target.view_shape for t in made})
-            biases = {
-                t.name.removesuffix("weight") + "bias" for t in made if getattr(t.target.module, "bias", None) is not None
-            }
-            self._order = TaskOrder("SpaceNet", made, False, own={*made.tensors, *biases})
-        return made
+    def forget(self, made: MaskManager) -> TaskOrder:
+        """All neurons are free, no sample is kept. Refuses norms whose statistics would tell nothing of free neurons."""
+        biases = {t.name.removesuffix("weight") + "bias" for t in made if getattr(t.target.module, "bias", None) is not None}
+        order = TaskOrder("SpaceNet", made, False, own={*made.tensors, *biases})
+        order.rest.refuse_norms("SpaceNet needs a network without (MLP, LeNet5Caffe)")
+        self._spaces = Spaces({t.name: t.target.view_shape for t in made})
+        self.memory = SampleMemory(self.memory.per_class)
+        self._importance, self._chained = {}, False
+        return order
 
     @property
     def spaces(self) -> Spaces:
@@ -121,20 +120,7 @@ class SpaceNet(SparsityCallback):
             raise PatternError("SpaceNet has no model yet: call use(model), or trainer.fit")
         return self._spaces
 
-    @property
-    def order(self) -> TaskOrder:
-        """The tasks so far; raises before there is a model."""
-        if self._order is None:
-            raise PatternError("SpaceNet has no model yet: call use(model), or trainer.fit")
-        return self._order
-
     # -- running ----------------------------------------------------------------------------------------------------------
-
-    def on_begin(self, trainer: Trainer, resumed: bool) -> None:
-        """Only a sequence says what a task is."""
-        self.order.require_sequence(trainer)
-        if not self.order.names and self.masks.masks:
-            raise RecipeError("SpaceNet starts from a dense model, and this one has masks; start from its dense weights")
 
     def begin_domain(self, trainer: Trainer, index: int, name: str) -> None:
         """A task begins: it gets neurons and connections, everything else is frozen."""
@@ -142,26 +128,38 @@ class SpaceNet(SparsityCallback):
         if classes is None:
             raise RecipeError("SpaceNet gives rows of the head to classes; use the task IncrementalClassification")
         module = trainer.lightning_module
-        if self.memory.per_class and getattr(module, "scenario", None) != "class":
-            raise RecipeError(
-                f"memory={self.memory.per_class} replays samples of old classes, which do not compete in "
-                f"{type(module).__name__}: use IncrementalClassification with scenario 'class'"
-            )
-        if self.order.enter(trainer, name):
-            self._allocate(trainer, classes)
+        if self.memory.per_class:
+            if getattr(module, "scenario", None) != "class":
+                raise RecipeError(
+                    f"memory={self.memory.per_class} replays samples of old classes, which do not compete in "
+                    f"{type(module).__name__}: use IncrementalClassification with scenario 'class'"
+                )
+            self._samples(trainer)  # better now than after the training
         every, total = max(1, clock_of(trainer).steps(self.every)), clock_of(trainer).total_steps
         if total is None:
             raise RecipeError("SpaceNet must know the length of a task's training; set max_epochs or max_steps")
         self._moves = list(range(every, total - every + 1, every))
+        if self.order.enter(trainer, name):
+            self._allocate(trainer, classes, self.order.task + 1)
+            self.order.commit(name)
         if len(self.memory):
             module.replay = lambda x, y: self.memory.extend(x, y, self._key(trainer))  # type: ignore[assignment]
         self._hold(trainer)
 
-    def _key(self, trainer: Trainer) -> tuple[int, ...]:
-        return self.resume.seed, self.order.task, current_step(trainer), trainer.global_rank
+    def _samples(self, trainer: Trainer) -> tuple[Tensor, ...]:
+        data = trainer.datamodule[trainer.datamodule.current]  # type: ignore[attr-defined]
+        tensors: tuple[Tensor, ...] | None = getattr(getattr(data, "train_set", None), "tensors", None)
+        if tensors is None:
+            raise DataError(f"memory={self.memory.per_class}: {type(data).__name__} has no train_set to keep samples of")
+        return tensors
 
-    def _allocate(self, trainer: Trainer, classes: list[int]) -> None:
-        spaces, task = self.spaces, self.order.task
+    def _key(self, trainer: Trainer) -> tuple[int, ...]:
+        # Batches, not steps: those accumulated to one step see other samples each.
+        batch: int = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        return self.resume.seed, self.order.task, batch, trainer.global_rank
+
+    def _allocate(self, trainer: Trainer, classes: list[int], task: int) -> None:
+        spaces = deepcopy(self.spaces)  # a refusal leaves everything as it was
         tasks = len(trainer.datamodule.names)  # type: ignore[attr-defined]
         share = Fraction(1, tasks) if self.neurons == "even" else exact(float(self.neurons))
         key = f"{self.resume.seed}/{task}"
@@ -170,13 +168,14 @@ class SpaceNet(SparsityCallback):
             seen = sorted({*classes, *(self.memory.labels.tolist() if self.memory.labels is not None else [])})
             used = spaces.alive(spaces.hidden[-1]).any(1)
             spaces.open_head(seen, used)
-        self._moved = 0
+        self._spaces, self._moved = spaces, 0
         for tensor in self.masks:
             new = self._entries(tensor, spaces.mine[tensor.name]) & ~self._alive(tensor)
             fresh = fresh_weights(tensor.target.view_shape, spaces.mine[tensor.name], f"{key}/{tensor.name}/weights")
             before = tensor.target.parameter.detach().clone()
             self._install(tensor, current_step(trainer), f"task {task} begins")
-            self.masks.write(tensor.name, torch.where(new, tensor.target.layout.view(fresh).to(before), before))
+            fresh = tensor.target.layout.view(fresh).to(before)
+            self.masks.write(tensor.name, torch.where(new.to(before.device), fresh, before))
             self._importance[tensor.name] = torch.zeros(spaces.shapes[tensor.name])
 
     def _alive(self, tensor: MaskedTensor) -> Tensor:
@@ -188,8 +187,9 @@ class SpaceNet(SparsityCallback):
         return tensor.target.layout.view(connections.view(*shape[:2], *[1] * (len(shape) - 2)).expand(shape)).contiguous()
 
     def _install(self, tensor: MaskedTensor, step: int, why: str) -> None:
-        mask = self._entries(tensor, self.spaces.alive(tensor.name)).to(tensor.target.parameter.device)
-        self.masks.install(tensor.name, mask, Fraction(int((~mask).sum()), mask.numel()), step=step, why=why)
+        mask = self._entries(tensor, self.spaces.alive(tensor.name))
+        sparsity = Fraction(int((~mask).sum()), mask.numel())
+        self.masks.install(tensor.name, mask.to(tensor.target.parameter.device), sparsity, step=step, why=why)
 
     def _hold(self, trainer: Trainer) -> None:
         """Only the task's connections move, and the biases of its neurons."""
@@ -231,28 +231,19 @@ class SpaceNet(SparsityCallback):
             self._hold(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Before the first batch: the layers must be a chain. Norms of the first task keep their statistics."""
+        """Before the first batch: the layers must be a chain."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if not self._chained:
             require_chain(pl_module, {t.name: t.target.module for t in self.masks}, batch[0][:2])
             self._chained = True
-        self.order.rest.hold_norms(self.order.task)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The task is over: verify, reserve neurons, keep samples."""
-        super().on_fit_end(trainer, pl_module)
-        pl_module.replay = None  # type: ignore[assignment]
-        if self.order.ended < self.order.task:
-            self.spaces.close(self._importance, Fraction(1) if self.reserve == 1 else exact(self.reserve))
-            if self.memory.per_class:
-                data = trainer.datamodule[trainer.datamodule.current]  # type: ignore[attr-defined]
-                tensors = getattr(getattr(data, "train_set", None), "tensors", None)
-                if tensors is None:
-                    raise DataError(
-                        f"memory={self.memory.per_class}: {type(data).__name__} has no train_set to keep samples of"
-                    )
-                self.memory.add(tensors[0], tensors[1], (self.resume.seed, self.order.task))
-            self.order.leave()
+    def finish(self, trainer: Trainer) -> None:
+        """Reserve neurons, keep samples."""
+        trainer.lightning_module.replay = None  # type: ignore[assignment]
+        self.spaces.close(self._importance, Fraction(1) if self.reserve == 1 else exact(self.reserve))
+        if self.memory.per_class:
+            inputs, labels = self._samples(trainer)[:2]
+            self.memory.add(inputs, labels, (self.resume.seed, self.order.task))
 
     def facts(self) -> dict[str, Any]:
         """Connections there are, neurons reserved by layer, and the samples kept."""
@@ -272,7 +263,7 @@ class SpaceNet(SparsityCallback):
             "importance": {name: value.clone() for name, value in self._importance.items()},
             "moved": self._moved,
             "memory": self.memory.state_dict(),
-            "order": self.order.state_dict(),
+            **super().method_state(),
         }
 
     def load_method_state(self, state: dict[str, Any]) -> None:
@@ -281,4 +272,4 @@ class SpaceNet(SparsityCallback):
         self._importance = {name: value.clone() for name, value in state["importance"].items()}
         self._moved = state["moved"]
         self.memory.load_state_dict(state["memory"])
-        self.order.load_state_dict(state["order"])
+        super().load_method_state(state)

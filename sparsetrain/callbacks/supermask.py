@@ -29,27 +29,24 @@ new task can only choose, not learn: a lower density leaves more free. A ``score
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from sparsetrain.callbacks.base import SparsityCallback, current_step
-from sparsetrain.callbacks.task_order import TaskOrder
+from sparsetrain.callbacks.base import current_step
+from sparsetrain.callbacks.task_order import TaskMethod, TaskOrder
 from sparsetrain.errors import DivergedError, PatternError, RecipeError
 from sparsetrain.incremental.supermask import Scored, StraightThrough, chosen, initial_scores
 from sparsetrain.masks import MaskedTensor, MaskManager
-from sparsetrain.masks.erase import erase
 from sparsetrain.masks.state import pack_bits, unpack_bits
 from sparsetrain.patterns import Pattern, Sparsity, Unstructured, exact, parse_pattern
 from sparsetrain.targets import Targets
 
 
-class Supermask(SparsityCallback):
+class Supermask(TaskMethod):
     """Learn a mask for each task over one set of weights.
 
     Args:
@@ -64,10 +61,13 @@ class Supermask(SparsityCallback):
 
     Raises `RecipeError`, `PatternError` or `TargetError` for what cannot work, `DivergedError` where a mask is lost.
 
-    Example: ``Trainer(callbacks=[Supermask(sparsity=0.7)]).fit(model, datamodule=sequence)``, once for each domain entered.
-    """
+    Example, with one object for all tasks and a trainer for each::
 
-    sets_sparsity = True
+        method = Supermask(sparsity=0.7)
+        for name in sequence:
+            sequence.enter(name)
+            Trainer(callbacks=[method]).fit(model, datamodule=sequence)
+    """
 
     def __init__(
         self,
@@ -103,7 +103,6 @@ class Supermask(SparsityCallback):
         self._scored: dict[str, Scored] = {}
         self._steps: StraightThrough | None = None
         self._saved_steps: dict[str, Any] | None = None
-        self._order: TaskOrder | None = None
 
     # -- building ---------------------------------------------------------------------------------------------------------
 
@@ -111,17 +110,12 @@ class Supermask(SparsityCallback):
         """A manager of the mask of the task at work."""
         return MaskManager(model, self.targets, self.pattern)
 
-    def use(self, model: nn.Module, manager: MaskManager | None = None) -> MaskManager:
-        """Bind to a model; on another one than before everything begins anew."""
-        if manager is not None:
-            raise RecipeError("Supermask learns its masks and makes its own manager: call use(model), with a dense model")
-        known = self.manager
-        made = super().use(model)
-        if made is not known:
-            self._order = TaskOrder("Supermask", made, self.rest == "per_task")
-            self.task_masks = {t.name: [] for t in made}
-            self._scored, self._steps, self._saved_steps = {}, None, None
-        return made
+    def forget(self, made: MaskManager) -> TaskOrder:
+        """No masks, no scores."""
+        order = TaskOrder("Supermask", made, self.rest == "per_task")
+        self.task_masks = {t.name: [] for t in made}
+        self._scored, self._steps, self._saved_steps = {}, None, None
+        return order
 
     def validate(self) -> None:
         """Every tensor can have the pattern at its sparsity."""
@@ -136,20 +130,7 @@ class Supermask(SparsityCallback):
         """That of every task; None where the threshold decides."""
         return self._sparsity
 
-    @property
-    def order(self) -> TaskOrder:
-        """The tasks so far; raises before there is a model."""
-        if self._order is None:
-            raise PatternError("Supermask has no model yet: call use(model), or trainer.fit")
-        return self._order
-
     # -- running ----------------------------------------------------------------------------------------------------------
-
-    def on_begin(self, trainer: Trainer, resumed: bool) -> None:
-        """Only a sequence says what a task is."""
-        self.order.require_sequence(trainer)
-        if not self.order.names and self.masks.masks:
-            raise RecipeError("Supermask starts from a dense model, and this one has masks; start from its dense weights")
 
     def begin_domain(self, trainer: Trainer, index: int, name: str) -> None:
         """A task begins: its mask is that of its scores, weights of earlier masks are frozen."""
@@ -158,21 +139,25 @@ class Supermask(SparsityCallback):
             self._steps.detach()
         # The optimizer's memory belongs to the dense weights: the manager lets go until the task is over.
         self.masks.detach()
+        task, begun, sparsity = self.order.task + new, {}, {}
         for tensor in self.masks:
-            scored = self._scored[tensor.name] = self._begin(tensor, new)
-            scored.mask, sparsity = self._choose(tensor, scored)
-            self.masks.install(
-                tensor.name, scored.mask, sparsity, step=current_step(trainer), why=f"task {self.order.task} begins"
-            )
+            scored = begun[tensor.name] = self._begin(tensor, new, task)
+            scored.mask, sparsity[tensor.name] = self._choose(tensor, scored)
+        self._scored = begun
+        for tensor in self.masks:
+            scored, why = begun[tensor.name], f"task {task} begins"
+            self.masks.install(tensor.name, scored.mask, sparsity[tensor.name], step=current_step(trainer), why=why)
             self.masks.write(tensor.name, scored.dense)
-        self._steps = StraightThrough([(t, self._scored[t.name]) for t in self.masks], self._choose, self.score_lr)
+        if new:
+            self.order.commit(name)
+        self._steps = StraightThrough([(t, begun[t.name]) for t in self.masks], self._choose, self.score_lr)
         if self._saved_steps is not None and not new:
             self._steps.scores.load_state_dict(self._saved_steps)
         self._saved_steps = None
         self.order.freeze(trainer)
         self._steps.attach(*trainer.optimizers)
 
-    def _begin(self, tensor: MaskedTensor, new: bool) -> Scored:
+    def _begin(self, tensor: MaskedTensor, new: bool, task: int) -> Scored:
         weight, known = tensor.target.parameter.detach(), self._scored.get(tensor.name)
         frozen = torch.full_like(weight, self.weights == "fixed", dtype=torch.bool)
         for bits in self.task_masks[tensor.name]:
@@ -182,7 +167,7 @@ class Supermask(SparsityCallback):
         elif self._sparsity is None:
             scores = torch.full(tensor.target.shape, 2 * self.threshold)
         else:
-            scores = initial_scores(tensor.target.shape, (self.resume.seed, self.order.task, tensor.name))
+            scores = initial_scores(tensor.target.shape, (self.resume.seed, task, tensor.name))
         return Scored.begin((weight if known is None else known.dense).to(weight), scores, frozen)
 
     def _choose(self, tensor: MaskedTensor, scored: Scored) -> tuple[Tensor, Fraction]:
@@ -193,42 +178,20 @@ class Supermask(SparsityCallback):
             raise DivergedError(f"{tensor.name}: {error}") from error
         return view(mask).contiguous(), sparsity
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Norms of the first task keep their statistics."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self.order.rest.hold_norms(self.order.task)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The task is over: verify, and keep its mask."""
-        super().on_fit_end(trainer, pl_module)
+    def finish(self, trainer: Trainer) -> None:
+        """Keep the mask of the task."""
         assert self._steps is not None
         self._steps.detach()
-        if self.order.ended < self.order.task:
-            for name, scored in self._scored.items():
-                self.task_masks[name] = [*self.task_masks[name], pack_bits(scored.mask)]
-            self.order.leave()
+        for name, scored in self._scored.items():
+            self.task_masks[name] = [*self.task_masks[name], pack_bits(scored.mask)]
 
     # -- serving ----------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def serving(self, index: int, name: str) -> Iterator[None]:
-        """The network under the mask of the task; for a task that was not trained, or not to its end, as it is now."""
-        task = self.order.place(name)
-        if task > self.order.ended:
-            yield
-            return
-        now = {t.name: t.target.parameter.detach().clone() for t in self.masks}
-        try:
-            for tensor in self.masks if task else ():
-                parameter = tensor.target.parameter.detach()
-                mask = unpack_bits(self.task_masks[tensor.name][task - 1], tensor.target.shape).to(parameter.device)
-                parameter.copy_(self._scored[tensor.name].dense)
-                erase(parameter, mask)
-            with self.order.rest.serving(task):
-                yield
-        finally:
-            for tensor in self.masks:
-                tensor.target.parameter.detach().copy_(now[tensor.name])
+    def weights_of(self, tensor: MaskedTensor, task: int) -> Tensor:
+        """The weights of now under the mask of the task: those in it have not moved since."""
+        dense = self._scored[tensor.name].dense
+        mask = unpack_bits(self.task_masks[tensor.name][task - 1], tensor.target.shape).to(dense.device)
+        return torch.where(mask, dense, 0.0)
 
     def facts(self) -> dict[str, Any]:
         """How many weights each task uses, how many any task uses, and how many numbers the network keeps in all."""
@@ -256,7 +219,7 @@ class Supermask(SparsityCallback):
             "scores": {name: scored.scores.detach().clone() for name, scored in self._scored.items()},
             "steps": None if self._steps is None else self._steps.state_dict(),
             "masks": dict(self.task_masks),
-            "order": self.order.state_dict(),
+            **super().method_state(),
         }
 
     def load_method_state(self, state: dict[str, Any]) -> None:
@@ -267,4 +230,4 @@ class Supermask(SparsityCallback):
             mask = torch.ones_like(dense, dtype=torch.bool)
             self._scored[name] = Scored.begin(dense, state["scores"][name], mask)
         self._saved_steps = state["steps"]
-        self.order.load_state_dict(state["order"])
+        super().load_method_state(state)

@@ -26,15 +26,15 @@ from typing import Any
 from torch import Tensor
 
 from sparsetrain.allocation import Allocation, get_allocation
-from sparsetrain.calibration import at_rest, calibrate, checksum, count_samples, runner
+from sparsetrain.calibration import agree, at_rest, calibrate, checksum, count_samples, runner
 from sparsetrain.continual.remembering import Remembering
-from sparsetrain.continual.settings import Memory, validate_continual
+from sparsetrain.continual.settings import Memory, require_unsharded, validate_continual
 from sparsetrain.criteria import Criterion, StatisticsCriterion, get_criterion
 from sparsetrain.errors import DataError, MaskStateError, RecipeError
 from sparsetrain.masks import MaskManager
 from sparsetrain.oneshot import OneShotReport, Streaming
 from sparsetrain.oneshot.engine import data_for
-from sparsetrain.oneshot.job import Job, row_of
+from sparsetrain.oneshot.job import Job, row_of, together
 from sparsetrain.oneshot.settings import require_sane, to_prune
 from sparsetrain.patterns import Sparsity
 from sparsetrain.pruning import allocate
@@ -128,11 +128,10 @@ class ContinualPruner:
 
         An error, or a keyboard interrupt, leaves weights, masks and what was learned as they were. Raises `DataError` for a
         repeated name and for no data, `RecipeError` for a weight that is not positive, `MaskStateError` for a model that was
-        changed since the last domain (see `absorb`), and what `prune_oneshot` raises for data and activations.
+        changed since the last domain (see `absorb`), `RecipeError` for a sharded model and for a memory folder that is not
+        this run's alone, and what `prune_oneshot` raises for data and activations.
         """
-        self._require_new(name, weight)
-        for tensor in to_prune(self.manager) if not self.domains else ():
-            require_sane(tensor)
+        together(lambda: self._require_ready(name, weight))
         started = time.perf_counter()
         with self.kept.unpruned():
             data = self._data_of(batches, loss)
@@ -161,11 +160,13 @@ class ContinualPruner:
         Survivors of the base weights become what they are now, pruned ones stay as they were in the base. What was measured
         stays: inputs (of Wanda, SparseGPT, Copal ``"final"``) were those of the old weights upstream, outputs (of other
         Copals) those of the old weights themselves, so that they are as far off as the weights have moved, which is what is
-        returned. Empty if nothing has changed.
+        returned. Empty if nothing has changed. Raises `DivergedError` for weights that are not finite; the base is then as it
+        was.
         """
-        if not self.domains or self._sum() == self._checksum:
+        changed = bool(self.domains) and self._sum() != self._checksum
+        if not any(agree(None, changed)):
             return {}
-        drift = self.kept.absorb()
+        drift: dict[str, float] = together(lambda: self.kept.absorb(self.domains[-1].name))
         self._checksum = self._sum()
         return drift
 
@@ -173,20 +174,40 @@ class ContinualPruner:
         """Everything but model and masks: what was learned, as plain tensors, numbers and text (or where its files are)."""
         return {
             "domains": [asdict(domain) for domain in self.domains],
+            "asked": self._asked(),
             "kept": self.kept.state_dict(),
             "checksum": self._checksum,
             "data": self._data,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; model and masks are loaded by whoever keeps them."""
+        """Go on from there; model and masks are loaded by whoever keeps them.
+
+        Raises `MaskStateError` for what another criterion (or one with other settings, but for ``batches``) has measured, for
+        another ``memory.mode``, and for files that are gone or another run's.
+        """
+        was, now = state.get("asked", {}), self._asked()
+        for key in {**was, **now}:
+            if was.get(key) != now.get(key):
+                raise MaskStateError(
+                    f"what was learned is of {key} {was.get(key)!r}, and this run has {now.get(key)!r}: they do not add up. Go "
+                    "on with the same, or start again from the first domain"
+                )
         self.domains = [Domain(**domain) for domain in state["domains"]]
         self.kept.load_state_dict(state["kept"])
         self._checksum, self._data = state["checksum"], list(state["data"])
 
     # -- one domain -------------------------------------------------------------------------------------------------------
 
-    def _require_new(self, name: str, weight: float) -> None:
+    def _asked(self) -> dict[str, Any]:
+        """Whose statistics these are, and what is remembered; of how much data they are may change from domain to domain."""
+        simple = (int, float, str, bool, type(None))
+        options = {f"criterion.{k}": v for k, v in vars(self.score).items() if isinstance(v, simple) and k[0] != "_"}
+        options.pop("criterion.batches", None)
+        return {"memory.mode": self.memory.mode, "criterion": type(self.score).__name__} | options
+
+    def _require_ready(self, name: str, weight: float) -> None:
+        require_unsharded(self.manager)
         known = [domain.name for domain in self.domains]
         if not name or name in known:
             raise DataError(
@@ -201,9 +222,14 @@ class ContinualPruner:
                 f"the model was changed since domain {known[-1]!r} was learned, and what was measured is of the weights it "
                 "had; call absorb() if training changed them on purpose, or load the model as it was"
             )
+        for tensor in to_prune(self.manager) if not self.domains else ():
+            require_sane(tensor)
+        self.kept.claim()
 
     def _sum(self) -> str:
-        return checksum(value for _, value in sorted(self.manager.model.state_dict().items()))
+        """Of parameters alone. Buffers (running statistics) are not what is pruned, and every rank of DDP has its own: who
+        changes them, changes what later domains are measured on, and is not told."""
+        return checksum(parameter for _, parameter in sorted(self.manager.model.named_parameters()))
 
     def _data_of(self, batches: Iterable[Any] | None, loss: Callable[[Any], Tensor] | None) -> list[Any]:
         if not isinstance(self.score, StatisticsCriterion):
@@ -229,7 +255,7 @@ class ContinualPruner:
                 calibrate(self.manager, self.score, data, loss, progress=progress)
             finally:
                 self.score.batches = asked
-        self.kept.choose(_WHOLE, tensors, plan, [])
+        self.kept.choose(_WHOLE, tensors, plan)
         if isinstance(self.score, StatisticsCriterion):
             self.score.reset()
         return OneShotReport([row_of(t, plan[t.name], "") for t in self.manager], [], count_samples(data))
@@ -252,8 +278,8 @@ class _Job(Job):
 
     def enter(self, segment: Any) -> None:
         """The block's base weights come back."""
-        self.kept.bring_back(segment.name, to_prune(self.stream.tensors_of(segment)))
+        together(lambda: self.kept.bring_back(segment.name, to_prune(self.stream.tensors_of(segment))))
 
     def choose(self, segment: Any, own: dict[str, Sparsity], unseen: Sequence[str]) -> None:
         """Masks from this domain's statistics and those of the domains before."""
-        self.kept.choose(segment.name, to_prune(self.stream.tensors_of(segment)), own, unseen)
+        self.kept.choose(segment.name, to_prune(self.stream.tensors_of(segment)), own, unseen, self.alike)

@@ -8,11 +8,14 @@
 * forward transfer (eq. 4): ``1/(T-1) sum_(i>1) (R[i-1, i] - before[i])``;
 * learned: ``1/T sum_i R[i, i]``, what each domain had when it was learned.
 
-A method that never changes its mask has a backward transfer of exactly 0, and may still be poor: read it beside the average.
+Where the data of an earlier domain is gone, ``R[T, i]`` is None; average and backward transfer are then over the domains that
+are measured in the end. A method that never changes its mask has a backward transfer of exactly 0, and may still be poor: read
+it beside the average.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +24,8 @@ from torchmetrics import Metric
 
 from sparsetrain.errors import DataError
 
-_Rows = Sequence[Sequence[float]]
+_Row = Sequence[float | None]
+_Rows = Sequence[_Row]
 
 
 class ContinualMatrix(Metric):
@@ -41,6 +45,7 @@ class ContinualMatrix(Metric):
     """
 
     values: Tensor
+    gone: Tensor
     before: Tensor
     full_state_update = False
 
@@ -50,42 +55,49 @@ class ContinualMatrix(Metric):
         object.__setattr__(self, "higher_is_better", higher_is_better)
         nothing = torch.full((domains, domains), torch.nan, dtype=torch.float64)
         self.add_state("values", nothing, dist_reduce_fx=None)
+        self.add_state("gone", torch.zeros(domains, domains, dtype=torch.bool), dist_reduce_fx=None)
         self.add_state("before", nothing[0].clone(), dist_reduce_fx=None)
 
-    def update(self, stage: int, domain: int, value: float) -> None:
-        """The metric on a domain after a stage, both counted from 0; stage -1 is before the first."""
+    def update(self, stage: int, domain: int, value: float | None) -> None:
+        """The metric on a domain after a stage, both counted from 0; stage -1 is before the first. None: its data is gone."""
         if not (-1 <= stage < self.domains and 0 <= domain < self.domains):
             raise DataError(f"stage {stage}, domain {domain}: there are {self.domains} of them, counted from 0")
-        (self.before if stage < 0 else self.values[stage])[domain] = value
+        (self.before if stage < 0 else self.values[stage])[domain] = math.nan if value is None else value
+        if stage >= 0:
+            self.gone[stage, domain] = value is None
 
     def compute(self) -> dict[str, float]:
         """``average``, ``learned``, ``backward_transfer``, ``forgetting`` and ``forward_transfer``; see the module.
 
-        With one domain there is no transfer, which is then left out; so is forward transfer where ``before`` is not known.
+        With one domain there is no transfer, which is then left out; so is backward transfer where no earlier domain is
+        measured in the end, and forward transfer where ``before`` is not known.
         """
         rows, last = self.values, self.values[-1]
-        if bool(torch.isnan(last).any() or torch.isnan(rows.diagonal()).any()):
-            raise DataError("the matrix lacks evaluations: every domain after its own stage, and all after the last")
-        found = {"average": float(last.mean()), "learned": float(rows.diagonal().mean())}
-        if self.domains > 1:
-            backward = float((last - rows.diagonal())[:-1].mean())
+        measured = ~self.gone[-1]
+        if bool(torch.isnan(last[measured]).any() or torch.isnan(rows.diagonal()).any()):
+            raise DataError(
+                "the matrix lacks evaluations, or has some that are no number: every domain is needed after its own stage, and "
+                "all after the last, but for those whose data is gone (None)"
+            )
+        found = {"average": float(last[measured].mean()), "learned": float(rows.diagonal().mean())}
+        if bool(measured[:-1].any()):
+            backward = float((last - rows.diagonal())[:-1][measured[:-1]].mean())
             found["backward_transfer"] = backward
             found["forgetting"] = 0.0 - backward if self.higher_is_better else backward  # never -0.0
+        if self.domains > 1:
             forward = rows.diagonal(1) - self.before[1:]
             if not bool(torch.isnan(forward).any()):
                 found["forward_transfer"] = float(forward.mean())
         return found
 
 
-def continual_metrics(rows: _Rows, higher_is_better: bool, before: Sequence[float] | None = None) -> dict[str, float]:
-    """What follows from a whole matrix ``R``, one row a stage; see `ContinualMatrix`.
+def continual_metrics(rows: _Rows, higher_is_better: bool, before: _Row | None = None) -> dict[str, float]:
+    """What follows from a whole matrix ``R``, one row a stage, None where nothing was measured; see `ContinualMatrix`.
 
     Example: ``continual_metrics([[10, 9], [12, 20]], higher_is_better=False)["forgetting"]`` is 2.
     """
     matrix = ContinualMatrix(len(rows), higher_is_better)
-    for i, value in enumerate(before or ()):
-        matrix.update(-1, i, value)
-    for t, row in enumerate(rows):
+    for t, row in enumerate([before or (), *rows], start=-1):
         for i, value in enumerate(row):
             matrix.update(t, i, value)
     found: dict[str, float] = matrix.compute()
@@ -96,11 +108,16 @@ def reference_metrics(rows: _Rows, higher_is_better: bool, fresh: _Rows, joint: 
     """How far a matrix is from two others of the same domains; both numbers are turned so that more is worse.
 
     ``intransigence`` (Chaudhry et al. 2018, arXiv 1801.10112): the mean of ``R[i, i] - fresh[i, i]``, ``fresh`` having every
-    domain pruned for itself; ``joint_gap``: the difference of the averages, ``joint`` having all data at once.
+    domain pruned for itself; ``joint_gap``: the difference of the averages, ``joint`` having all data at once, over the domains
+    that both have measured in the end.
 
     Example: ``reference_metrics([[10, 9], [12, 20]], False, [[9, 9], [9, 19]], [[9, 9], [10, 20]])["joint_gap"]`` is 1.
     """
-    count, sign = len(rows), -1.0 if higher_is_better else 1.0
-    own = [rows[i][i] - fresh[i][i] for i in range(count)]
-    averages = [sum(found[-1]) / count for found in (rows, joint)]
-    return {"intransigence": sign * sum(own) / count, "joint_gap": sign * (averages[0] - averages[1])}
+    sign = -1.0 if higher_is_better else 1.0
+    mine, alone, at_once = (_numbers(found) for found in (rows, fresh, joint))
+    own, gap = (mine - alone).diagonal(), (mine - at_once)[-1]
+    return {"intransigence": sign * float(own.mean()), "joint_gap": sign * float(gap.nanmean())}
+
+
+def _numbers(rows: _Rows) -> Tensor:
+    return torch.tensor([[math.nan if value is None else value for value in row] for row in rows], dtype=torch.float64)

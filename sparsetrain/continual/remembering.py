@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsetrain.calibration import is_finite
 from sparsetrain.continual.settings import Memory
 from sparsetrain.continual.store import Content, Store
 from sparsetrain.criteria import Criterion, Known, StatisticsCriterion
 from sparsetrain.criteria.base import wide
-from sparsetrain.errors import MaskStateError
+from sparsetrain.errors import DivergedError, MaskStateError
 from sparsetrain.masks import MaskChange, MaskedTensor, MaskManager, sharding
 from sparsetrain.patterns import Sparsity, exact
 from sparsetrain.pruning import scores_of, solution
@@ -33,10 +34,13 @@ class Remembering:
         self.manager, self.score, self.memory = manager, criterion, memory
         folder = None if memory.folder is None else Path(memory.folder)
 
-        def store(name: str, dtype: torch.dtype | None = None) -> Store:
-            return Store(dtype, None if folder is None else folder / name)
+        def store(name: str, dtype: torch.dtype | None = None, back: int = 1) -> Store:
+            return Store(dtype, None if folder is None else folder / name, back)
 
-        self.base, self.sums, self._before = store("base"), store("statistics", memory.torch_dtype), store("before")
+        # Of weights two generations back are kept: a domain and the training after it make one each, and the last checkpoint
+        # of a domain may be older than both.
+        self.base, self.sums = store("base", back=2), store("statistics", memory.torch_dtype)
+        self._before = store("before")
         #: Segment -> its tensors, as the first domain found them.
         self.segments: dict[str, list[str]] = {}
         #: Weights that died and that came back in the domain at hand, over all ranks.
@@ -45,6 +49,11 @@ class Remembering:
         self._known: set[str] = set()
         self._old: dict[str, Sparsity] = {}
         self._weight, self._step, self._why = 1.0, 0, ""
+
+    def claim(self) -> None:
+        """Raise `RecipeError` if the folder is not this run's alone."""
+        self.base.claim()
+        self.sums.claim()
 
     def begin(self, weight: float, step: int, why: str) -> None:
         """A domain begins; ``weight`` of its statistics, ``step`` and ``why`` are recorded with the changes."""
@@ -79,11 +88,14 @@ class Remembering:
         Raises `MaskStateError` if the model runs its blocks otherwise than in the first domain.
         """
         names = [tensor.name for tensor in tensors]
-        if self.segments.setdefault(segment, names) != names:
+        way = "the data runs the model another way. Give data of the same form, or start again from the first domain"
+        if self._known and segment not in self._known:
             raise MaskStateError(
-                f"{segment} holds other targets than in the first domain ({', '.join(names[:3])}, ...): the data runs the "
-                "model another way. Give data of the same form, or start again from the first domain"
+                f"{segment} was not measured by itself in the first domain (but {', '.join(sorted(self._known)[:3])}, ...): "
+                + way
             )
+        if self.segments.setdefault(segment, names) != names:
+            raise MaskStateError(f"{segment} holds other targets than in the first domain ({', '.join(names[:3])}, ...): {way}")
         there = {tensor.name: {"weight": tensor.target.parameter.detach()} for tensor in tensors}
         self._before.put(segment, {t.name: there[t.name] | ({} if t.mask is None else {"mask": t.mask}) for t in tensors})
         self._touched.append(segment)
@@ -96,10 +108,20 @@ class Remembering:
             for name, values in self.base.load(segment).items():
                 self.manager[name].target.parameter.copy_(values["weight"])
 
-    def choose(self, segment: str, tensors: Sequence[MaskedTensor], own: dict[str, Sparsity], unseen: Sequence[str]) -> None:
-        """Add what was measured to what is remembered, and choose the masks of a segment by it."""
+    def choose(
+        self,
+        segment: str,
+        tensors: Sequence[MaskedTensor],
+        own: dict[str, Sparsity],
+        unseen: Sequence[str] = (),
+        alike: Sequence[Sequence[str]] = (),
+    ) -> None:
+        """Add what was measured to what is remembered, and choose the masks of a segment by it.
+
+        ``unseen``: experts that no sample was routed to; ``alike``: names of experts that are tensors of their own.
+        """
         if isinstance(self.score, StatisticsCriterion):
-            found = self._settled(tensors)
+            found = self._settled(tensors, unseen, alike)
             fresh = {name: values for name, values in found.items() if name in unseen}
             known = {name: values for name, values in found.items() if name not in unseen}
             if self.memory.mode == "accumulate":
@@ -113,16 +135,23 @@ class Remembering:
                 died, revived = died + change.died, revived + change.grew
         self.changed = (died, revived)
 
-    def _settled(self, tensors: Sequence[MaskedTensor]) -> Content:
+    def _settled(self, tensors: Sequence[MaskedTensor], unseen: Sequence[str], alike: Sequence[Sequence[str]]) -> Content:
         """The domain's means by tensor (and expert); what several share stays shared."""
         assert isinstance(self.score, StatisticsCriterion)
         memory = self.score.memory
-        for tensor in tensors:
-            parts = [part.name for part in Known.parts(tensor) if part.name in memory] if self.score.needs == "input" else []
-            if len(parts) > 1:  # an expert counts by how often it is used
-                rows = torch.stack([memory[name]["rows"] for name in parts]).sum()
-                for name in parts:
-                    memory[name] = memory[name] | {"rows": rows}
+        if self.score.needs == "input":  # an expert counts by how often it is used
+            rows, done = {name: values["rows"] for name, values in memory.items()}, set[str]()
+            totals: dict[Any, Tensor] = {}
+            for names in [*([part.name for part in Known.parts(tensor)] for tensor in tensors), *alike]:
+                here = [name for name in names if name in rows]
+                seen = [rows[name] for name in here if name not in unseen]  # the others' are made up
+                if len(here) > 1 and seen:
+                    key = tuple(map(id, seen))
+                    totals.setdefault(key, torch.stack(seen).sum())
+                    for name in here:
+                        if name not in done:
+                            memory[name] = memory[name] | {"rows": totals[key]}
+                    done.update(here)
         made: dict[tuple[int, ...], dict[str, Tensor]] = {}
         for values in memory.values():
             made.setdefault(_identity(values), self.score.settled(values))
@@ -181,8 +210,17 @@ class Remembering:
         self.segments = {name: names for name, names in self.segments.items() if name in self._known}
 
     @torch.no_grad()
-    def absorb(self) -> dict[str, float]:
-        """Make the survivors' present values those of the base; returns tensor -> ``||new - old|| / ||old||`` of the base."""
+    def absorb(self, domain: str) -> dict[str, float]:
+        """Make the survivors' present values those of the base; returns tensor -> ``||new - old|| / ||old||`` of the base.
+
+        Raises `DivergedError`, naming the ``domain`` after which they were trained, for values that are not finite.
+        """
+        for name in (name for names in self.segments.values() for name in names):
+            if not is_finite(self.manager[name].target.parameter.detach()):
+                raise DivergedError(
+                    f"{name} holds NaN or infinity after training on domain {domain!r}: nothing was taken over. Take weights "
+                    "from before it diverged"
+                )
         drift = {}
         for segment in self.segments if self.memory.mode != "stasis" else ():
             content = {}

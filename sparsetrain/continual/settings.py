@@ -9,10 +9,10 @@ from typing import Literal, get_args
 import torch
 
 from sparsetrain.allocation import Allocation
-from sparsetrain.calibration import require_sums, require_whole
+from sparsetrain.calibration import ranks, require_sums, require_whole
 from sparsetrain.criteria import Criterion, Known, StatisticsCriterion
 from sparsetrain.errors import RecipeError, nearest
-from sparsetrain.masks import MaskManager
+from sparsetrain.masks import MaskManager, sharding
 from sparsetrain.oneshot import validate_oneshot
 from sparsetrain.oneshot.settings import to_prune
 from sparsetrain.patterns import Sparsity
@@ -33,6 +33,7 @@ class Memory:
         decay: what earlier statistics are multiplied by when a domain is added, in (0, 1].
         dtype: what statistics are kept in, ``"float32"`` or ``"bfloat16"``; sums are made in float32.
         folder: keeps base weights and statistics in memory-mapped files, one a block; None in main memory (and in checkpoints).
+            Of one run alone, in one process: a folder that holds what another run has learned is refused.
 
     Raises `RecipeError` for anything else. Example: ``Memory(mode="fresh")``.
     """
@@ -61,10 +62,22 @@ def validate_continual(
 ) -> None:
     """Raise what cannot work before anything is measured.
 
-    `RecipeError` for criteria that watch training or whose statistics do not add up, and for allocations that pool scores.
+    `RecipeError` for criteria that watch training or whose statistics do not add up, for allocations that pool scores, for a
+    model that is sharded, and on several ranks for mode ``"joint"`` and a folder.
     Example: ``validate_continual(manager, 0.5, Copal(), Uniform(), Memory())``.
     """
     kind = type(criterion).__name__
+    require_unsharded(manager)
+    if ranks() > 1 and memory.mode == "joint":
+        raise RecipeError(
+            f"memory.mode 'joint' keeps the data of all domains, and each of {ranks()} processes has its own, of which a "
+            "checkpoint holds one; use one process"
+        )
+    if ranks() > 1 and memory.folder is not None:
+        raise RecipeError(
+            f"memory.folder={str(memory.folder)!r}: {ranks()} processes would write into one folder; leave it out, or use one "
+            "process"
+        )
     if allocation.pooled and not allocation.by_shape:
         raise RecipeError(
             f"allocation {type(allocation).__name__} gives every tensor another share in every domain; continual pruning keeps "
@@ -82,3 +95,16 @@ def validate_continual(
     require_sums(criterion)
     validate_allocation(manager, sparsity, allocation)
     criterion.prepare(manager.model, [Known.of(tensor) for tensor in to_prune(manager)])
+
+
+def require_unsharded(manager: MaskManager) -> None:
+    """Raise `RecipeError` where the model is sharded: base weights are kept of whole tensors.
+
+    Example: ``require_unsharded(manager)``.
+    """
+    for tensor in manager:
+        if sharding.local(tensor.target.parameter) is not tensor.target.parameter:
+            raise RecipeError(
+                f"continual pruning keeps the base weights of {tensor.name}, which is not possible while the model is sharded "
+                "(FSDP2); use DDP, or one process"
+            )

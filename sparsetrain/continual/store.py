@@ -1,8 +1,8 @@
 """What is kept of a model from domain to domain, one segment (block) at a time: in main memory, or in memory-mapped files.
 
 Everything that is put is pending until it is committed, and a commit replaces all of it at once: a domain that fails half-way
-leaves what was before. In files, the generation before the last is kept too, so that a run that was killed between a commit
-and its next checkpoint goes on from the one it knows.
+leaves what was before. In files, generations before the last are kept too, so that a run that was killed between a commit
+and its next checkpoint goes on from the one it knows. A folder is one store's alone: it holds the store's id, a random one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from sparsetrain.errors import MaskStateError, RecipeError
 
+#: The file that says whose a folder is.
+_ID = "id"
 #: Tensor name -> its statistics (or its weight) by name.
 Content = dict[str, dict[str, Tensor]]
 
@@ -31,6 +34,7 @@ class Store:
     Args:
         dtype: what floating tensors are kept in; None: as they are.
         folder: where files go, one a segment; None keeps everything in main memory.
+        back: how many generations before the last are kept in files, at least 1.
 
     Tensors that several names share are kept once. Raises `RecipeError` for a folder that cannot be one, `MaskStateError` for
     files that cannot be read.
@@ -43,9 +47,11 @@ class Store:
         store.load("layers.0")["fc.weight"]["squares"]
     """
 
-    def __init__(self, dtype: torch.dtype | None = None, folder: Path | None = None) -> None:
+    def __init__(self, dtype: torch.dtype | None = None, folder: Path | None = None, back: int = 1) -> None:
         self.dtype = dtype
         self.folder = folder
+        self.back = back
+        self.id = uuid.uuid4().hex  # no number of torch's streams: training would take another course
         self.generation = 0
         self._kept: dict[str, Content] = {}
         self._pending: dict[str, Content] = {}
@@ -55,6 +61,25 @@ class Store:
 
     def __contains__(self, segment: str) -> bool:
         return segment in (self._kept if self.folder is None else self._files)
+
+    def claim(self) -> None:
+        """Make the folder this store's own, before anything is put.
+
+        Raises `RecipeError` for one with generations of another store, or of a run that was killed before its first checkpoint.
+        """
+        owner = self._owner()
+        if self.folder is None or owner == self.id:
+            return
+        if owner is not None if self.generation else any(path.name.isdigit() for path in self.folder.glob("*")):
+            raise RecipeError(
+                f"memory.folder: {self.folder} holds what another run has learned (or one that was killed before its first "
+                "checkpoint); give another folder, or delete it if nobody goes on from it"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / _ID).write_text(self.id, encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"memory.folder: {self.folder} cannot be written ({error}); give another one") from error
 
     def load(self, segment: str, pending: bool = False) -> Content:
         """What was committed (or is ``pending``) for a segment; empty if nothing was. Floating tensors as they are kept."""
@@ -91,9 +116,10 @@ class Store:
                     self._next[segment] = len(self._next)
                     path = self._path(self.generation + 1, self._next[segment])
                     path.parent.mkdir(parents=True, exist_ok=True)
+                    path.unlink(missing_ok=True)  # left by a run that has gone on from an older generation since
                     os.link(self._path(self.generation, number), path)
             self._files = self._next
-            shutil.rmtree(self._path(self.generation - 1, 0).parent, ignore_errors=True)
+            shutil.rmtree(self._path(self.generation - self.back, 0).parent, ignore_errors=True)
         self.generation += 1
         self._pending, self._next = {}, {}
 
@@ -107,10 +133,14 @@ class Store:
         """What a checkpoint keeps: the tensors, or of files the folder, the generation and the names."""
         if self.folder is None:
             return {"generation": self.generation, "kept": {name: dict(content) for name, content in self._kept.items()}}
-        return {"generation": self.generation, "folder": str(self.folder.absolute()), "files": dict(self._files)}
+        where = {"folder": str(self.folder.absolute()), "id": self.id}
+        return {"generation": self.generation, "files": dict(self._files)} | where
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there. Raises `MaskStateError` if the files are gone, or were kept where this store keeps none."""
+        """Go on from there.
+
+        Raises `MaskStateError` if the files are gone or another store's, or were kept where this store keeps none.
+        """
         if ("folder" in state) != (self.folder is not None):
             here = "in main memory" if self.folder is None else f"in {self.folder}"
             there = f"in {state['folder']}" if "folder" in state else "in the checkpoint"
@@ -120,6 +150,12 @@ class Store:
         if self.folder is None:
             self._kept = dict(state["kept"])
             return
+        self.id = str(state["id"])
+        if self._owner() not in (None, self.id):
+            raise MaskStateError(
+                f"{self.folder} holds what another run has learned, not the one that wrote this state; give the folder of that "
+                "run, or start again from the first domain"
+            )
         self._files = {str(name): int(number) for name, number in state["files"].items()}
         for segment, number in self._files.items():
             path = self._path(self.generation, number)
@@ -128,7 +164,11 @@ class Store:
                     f"what was learned of {segment} is not at {path} any more: restore the folder, or start again from the "
                     "first domain"
                 )
-        self.discard()
+        # Newer generations stay: one of them may be what the next state to be loaded knows.
+
+    def _owner(self) -> str | None:
+        path = None if self.folder is None else self.folder / _ID
+        return path.read_text(encoding="utf-8") if path is not None and path.is_file() else None
 
     def _path(self, generation: int, number: int) -> Path:
         assert self.folder is not None

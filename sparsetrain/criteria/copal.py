@@ -31,14 +31,15 @@ weights are then ranked by magnitude.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsetrain.criteria.base import Seen, wide
-from sparsetrain.criteria.inputs import InputCriterion
+from sparsetrain.criteria.inputs import InputCriterion, features
 from sparsetrain.criteria.sparsegpt import add_outer, symmetric
 from sparsetrain.errors import RecipeError, nearest
 
@@ -115,12 +116,15 @@ class Copal(_Sensitivity):
                 for i, o in self._samples(seen, inputs, outputs):
                     outer += torch.matmul(o.mT, i).abs_()
 
-    def _samples(self, seen: Seen, inputs: Tensor, outputs: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The rows of each sample; where samples have no dimension of their own (experts), every row is one."""
-        given = seen.input
-        several = given is not None and given.ndim > 2
-        count = len(given) if several and given is not None and inputs.shape[1] % len(given) == 0 else inputs.shape[1]
-        return list(zip(inputs.chunk(count, 1), outputs.chunk(count, 1), strict=True))
+    def _samples(self, seen: Seen, inputs: Tensor, outputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rows of each sample of a piece; where samples have no dimension of their own (experts), every row is one."""
+        module, given = seen.tensor.module, seen.input
+        assert given is not None  # there would be no piece
+        rows = math.prod(given.shape[1:-1])
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):  # the positions of one image, whatever a piece holds
+            image = given[:1] if given.ndim == len(module.kernel_size) + 2 else given
+            rows = next(features(module, torch.empty_like(image, device="meta"))).shape[1]
+        return zip(torch.split(inputs, rows, 1), torch.split(outputs, rows, 1), strict=True)
 
     def settled(self, memory: dict[str, Tensor]) -> dict[str, Tensor]:
         """Means over tokens; ``"domain"`` takes the absolute value now."""

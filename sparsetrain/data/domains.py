@@ -59,6 +59,8 @@ class DomainSequence(LightningDataModule):
                 )
         for name in self.names[1:]:
             _require_kin(self.names[0], self.domains[self.names[0]], name, self.domains[name])
+        for name in self.names:
+            _require_shared(name, self.domains[name])
         self.current = 0
 
     def __len__(self) -> int:
@@ -93,6 +95,7 @@ class DomainSequence(LightningDataModule):
         if name in self.names:
             raise DataError(f"domain {name!r} is in the sequence already ({', '.join(self.names)}); give another name")
         _require_kin(self.names[0], self.domains[self.names[0]], name, data)
+        _require_shared(name, data)
         self.domains[name] = data
         self.weights[name] = weight
         self.names.append(name)
@@ -184,14 +187,17 @@ def _require_kin(first: str, one: LightningDataModule, second: str, other: Light
             f"domain {first!r} is {type(one).__name__} and {second!r} {type(other).__name__}: one model reads one kind of "
             "data; give domains of one class"
         )
-    if isinstance(one, TokenizedData) and isinstance(other, TokenizedData):
-        if one.tokenizer_name != other.tokenizer_name:
-            raise DataError(
-                f"domain {first!r} is read by tokenizer {one.tokenizer_name!r} and {second!r} by {other.tokenizer_name!r}: the "
-                "same number would be another word; name the model's own tokenizer in both"
-            )
-        if one.tokenizer_name.startswith("bpe:"):
-            raise DataError(
-                f"domains {first!r} and {second!r} would each train a tokenizer {one.tokenizer_name!r} of their own: the same "
-                "number would be another word. Name the folder of one (a run's tokenizer/), or 'bytes'"
-            )
+    if isinstance(one, TokenizedData) and isinstance(other, TokenizedData) and one.tokenizer_name != other.tokenizer_name:
+        raise DataError(
+            f"domain {first!r} is read by tokenizer {one.tokenizer_name!r} and {second!r} by {other.tokenizer_name!r}: the "
+            "same number would be another word; name the model's own tokenizer in both"
+        )
+
+
+def _require_shared(name: str, data: LightningDataModule) -> None:
+    """Raise `DataError` for a domain that would train a tokenizer of its own, even if no other has come yet."""
+    if isinstance(data, TokenizedData) and data.tokenizer_name.startswith("bpe:"):
+        raise DataError(
+            f"domain {name!r} would train a tokenizer {data.tokenizer_name!r} of its own, and in that of another domain the "
+            "same number is another word. Name the folder of one that is trained (a run's tokenizer/), or 'bytes'"
+        )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from sparsetrain.errors import TargetError
 
@@ -13,8 +14,9 @@ from sparsetrain.errors import TargetError
 def require_chain(network: nn.Module, layers: dict[str, nn.Module], inputs: Tensor) -> None:
     """Raise `TargetError` unless every layer is called once, in this order, on what comes from the layer before alone.
 
-    Shortcuts and branches are found by differentiation: the output of each layer is cut off, so that whatever reaches a later
-    one from further back has gone around. The network is left as it was.
+    And unless every neuron reaches the inputs that are its own, and no others. Shortcuts and branches are found by
+    differentiation: the output of each layer is cut off, so that whatever reaches a later one from further back has gone
+    around; so are mixed neurons. The network is left as it was.
 
     Example: ``require_chain(LeNet300(), {"fc1": net.fc1, "fc2": net.fc2, "fc3": net.fc3}, images)``.
     """
@@ -40,10 +42,15 @@ def require_chain(network: nn.Module, layers: dict[str, nn.Module], inputs: Tens
                 f"{name} follows {names[place - 1]} and {problem}: the layers are no chain, in which neurons could be "
                 "reserved; use a plain network (MLP, LeNet5Caffe), or PackNet"
             )
+        if _mixed(layers[names[place - 1]], layers[name], outputs[-1], given[0]):
+            raise TargetError(
+                f"neurons are mixed between {names[place - 1]} and {name} (LayerNorm, an excluded layer): those of one task "
+                "would reach another; use a network without what is between, or PackNet"
+            )
 
     def after(result: Tensor) -> Tensor:
-        outputs.append(result.detach().requires_grad_())
-        return outputs[-1]
+        outputs.append((1 + result.detach().abs()).requires_grad_())  # positive: ReLU lets every neuron through
+        return outputs[-1].clone()  # which the network may write to in place
 
     handles = []
     for place, module in enumerate(layers.values()):
@@ -62,3 +69,29 @@ def require_chain(network: nn.Module, layers: dict[str, nn.Module], inputs: Tens
             module.training = mode
     if len(outputs) < len(names):
         raise TargetError(f"{names[len(outputs)]} is not called in the forward pass; leave it out (targets.exclude)")
+
+
+def _mixed(before: nn.Module, layer: nn.Module, outputs: Tensor, inputs: Tensor) -> bool:
+    """Whether an input of ``layer`` depends on another neuron of the layer before than the one it belongs to.
+
+    Two neurons differ in a bit of their numbers: for every bit, inputs of the neurons that have it are differentiated with
+    respect to those that have not, and the other way round. What is mixed shows at one of them.
+    """
+    neurons = _neurons_last(before, outputs).shape[-1]
+    columns = _neurons_last(layer, inputs).float()
+    copies, odd = divmod(columns.shape[-1], neurons)
+    if odd:
+        return True
+    numbers = torch.arange(neurons, device=outputs.device)
+    for bit in range((neurons - 1).bit_length()):
+        for side in (0, 1):
+            own = (numbers >> bit) & 1 == side
+            total = columns[..., own.repeat_interleave(copies)].sum()
+            (found,) = torch.autograd.grad(total, outputs, retain_graph=True)
+            if bool(_neurons_last(before, found)[..., ~own].any()):
+                return True
+    return False
+
+
+def _neurons_last(layer: nn.Module, values: Tensor) -> Tensor:
+    return values.movedim(1, -1) if isinstance(layer, _ConvNd) else values

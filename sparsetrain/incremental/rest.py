@@ -74,8 +74,7 @@ class Rest:
         """Freeze what task ``task`` (from 1) may not move."""
         self._classes = classes
         if classes is None or not self._rows:
-            self._others |= self._rows
-            self._rows = {}
+            self._join_head()
         elif self.owners is None:
             self.owners = torch.zeros(len(next(iter(self._rows.values()))), dtype=torch.uint8)
         if task > 1 and not self.per_task:
@@ -88,6 +87,20 @@ class Rest:
             mine &= (self.owners == FREE) | (self.owners == task)
             rows = (~mine).to(parameter.device).view(-1, *[1] * (parameter.ndim - 1))
             frozen.freeze(parameter, rows.expand(parameter.shape))
+
+    def _join_head(self) -> None:
+        """Without classes the head is one of the rest."""
+        self._others |= self._rows
+        self._rows = {}
+
+    def refuse_norms(self, way_out: str) -> None:
+        """Raise `TargetError` if a norm keeps running statistics: the first task's say nothing of neurons it leaves free."""
+        for name, module in self.model.named_modules():
+            if module in self._norms:
+                raise TargetError(
+                    f"{name} keeps running statistics, which stay those of the first task: of neurons it leaves free they are "
+                    f"those of zeros, and later tasks would learn through them. {way_out}"
+                )
 
     def hold_norms(self, task: int) -> None:
         """Let norms use the first task's running statistics, and leave them alone, while later tasks train."""
@@ -128,13 +141,15 @@ class Rest:
         return shared + sum(tensor.numel() for copy in list(self.copies.values())[1:] for tensor in copy.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Owners of the head's rows and the copies of tasks."""
-        return {"owners": self.owners, "copies": dict(self.copies)}
+        """Owners of the head's rows and the copies of tasks; whether the head is one of the rest."""
+        return {"owners": self.owners, "copies": dict(self.copies), "joined": not self._rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.owners = state["owners"]
         self.copies = {int(task): copy for task, copy in state["copies"].items()}
+        if state.get("joined"):
+            self._join_head()
 
     def _own(self) -> dict[str, Tensor]:
         own: dict[str, Tensor] = dict(self._others)

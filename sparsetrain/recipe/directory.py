@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from sparsetrain.recipe.build import check_weights
 from sparsetrain.recipe.schema import parse_yaml, read_yaml
 from sparsetrain.report import write_report
 
+#: How long a run trains.
+LENGTH = tuple(f"trainer.{key}" for key in ("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps"))
 #: What may differ when a run goes on: how long and where it trains and what it tells, not what it trains.
 FREE = (
     "question",
     "dense_twin",
     "references",
     "checkpoint_every",
-    *(f"trainer.{key}" for key in ("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps")),
+    *LENGTH,
     *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps")),
     *(f"trainer.{key}" for key in ("enable_progress_bar", "enable_model_summary", "profiler", "detect_anomaly")),
 )
@@ -35,16 +38,19 @@ def last_checkpoint(out: Path) -> Path:
     return out / "checkpoints" / "last.ckpt"
 
 
+def resumable(out: Path) -> bool:
+    """Whether the run in a directory can go on: from its last checkpoint, or, over domains, from its stages."""
+    return last_checkpoint(out).is_file() or ((out / "domains").is_dir() and (out / "config.yaml").is_file())
+
+
 def resume_path(ckpt_path: str | None, out: Path) -> Path | None:
     """The checkpoint to go on from, or None for a new run.
 
     Raises `RecipeError` if the directory is in use by something this run would overwrite, or there is no checkpoint.
     """
-    last = last_checkpoint(out)
+    last, ready = last_checkpoint(out), resumable(out)
     path = last if ckpt_path == "last" else None if ckpt_path is None else Path(ckpt_path)
     used = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    # A run over domains goes on from its stages.
-    ready = last.is_file() or ((out / "domains").is_dir() and (out / "config.yaml").is_file())
     if used and (path is None or path.absolute().parent != last.absolute().parent):
         way = "go on with the run in it: --ckpt_path last" if ready else "delete it: it holds no checkpoint"
         raise RecipeError(f"{out} is in use; choose another directory with --out, or {way}")
@@ -69,7 +75,7 @@ def check_resume(checkpoint: Path, text: str, model: nn.Module) -> int:
         )
     stored = checkpoint.parent.parent / "config.yaml"
     if stored.is_file():
-        _require_same(stored, text)
+        require_same_recipe(stored, text)
     # A model that makes its layers later, or says that it loads leniently, is Lightning's to check.
     if isinstance(model, LightningModule) and model.strict_loading and not _builds_later(model):
         check_weights(checkpoint, content["state_dict"], model)
@@ -80,20 +86,27 @@ def _builds_later(model: LightningModule) -> bool:
     return type(model).configure_model is not LightningModule.configure_model
 
 
-def _require_same(stored: Path, text: str) -> None:
+def require_same_recipe(stored: Path, text: str, free: Sequence[str] = ()) -> None:
+    """Raise `RecipeError` unless a recipe is the stored one, but for the keys of ``FREE`` and ``num_workers``.
+
+    ``free``: further keys that may differ, and, of those with a dot at their end, all that begin so. Example:
+    ``require_same_recipe(out / "config.yaml", text, ["data.init_args.order"])``.
+    """
     before, now = flat(read_yaml(stored)), flat(parse_yaml(text))
-    absent = "absent"
+    absent, under = "absent", (*FREE, *(key for key in free if key.endswith(".")))
     changed = [
         key
         for key in dict.fromkeys([*before, *now])
-        if before.get(key, absent) != now.get(key, absent) and not key.startswith(FREE) and not key.endswith(".num_workers")
+        if before.get(key, absent) != now.get(key, absent)
+        and not (key in free or key.startswith(under) or key.endswith(".num_workers"))
     ]
     if changed:
         shown = ", ".join(f"{k} was {before.get(k, absent)} and is {now.get(k, absent)}" for k in changed[:4])
         more = f", and {len(changed) - 4} more" if len(changed) > 4 else ""
+        added = ", and domains may be added at the end" if free else ""
         raise RecipeError(
             f"the recipe has changed since {stored.parent} was written: {shown}{more}. Go on with the recipe it was "
-            f"({stored}); only the length of training may change. Or start a new run from its weights: "
+            f"({stored}); only the length of training may change{added}. Or start a new run from its weights: "
             f"--init_from {stored.parent} --out NEW_DIRECTORY"
         )
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from sparsetrain.callbacks.files import written
 from sparsetrain.errors import RecipeError
-from sparsetrain.recipe.directory import flat
+from sparsetrain.recipe.directory import flat, resumable
 from sparsetrain.recipe.schema import read_yaml
 
 #: What a command leaves when it has finished.
@@ -116,8 +116,7 @@ def _run(job: Job) -> dict[str, Any]:
     require_same(job)
     if not left.is_file():
         began = time.monotonic()
-        last = job.out / "checkpoints" / "last.ckpt"
-        resume = ["--ckpt_path", "last"] if job.kind == "run" and last.is_file() else []
+        resume = ["--ckpt_path", "last"] if job.kind == "run" and resumable(job.out) else []
         if not resume and job.kind == "run" and job.out.exists():
             shutil.rmtree(job.out)  # broken off before its first checkpoint
         if job.kind != "run":

@@ -15,6 +15,8 @@ from torch import nn
 from sparsetrain.callbacks import ContinualPruning, OneShotPruning, SparsityCallback
 from sparsetrain.recipe.build import build, require_lightning
 
+#: Methods that can do without training.
+ALONE = (OneShotPruning.__name__, ContinualPruning.__name__)
 #: Where the dense numbers are from.
 DENSE_TWIN = "dense twin: the same recipe without pruning"
 #: Endings of metric names: the first that was logged is what a run is judged by.
@@ -65,8 +67,7 @@ def main_metric(final: dict[str, float]) -> dict[str, Any]:
 def only_prunes(config: Namespace) -> bool:
     """Whether a recipe asks for a model pruned as it is: a method that can do without training, and not one step of it."""
     method = config.method is not None and config.method.class_path.rsplit(".", 1)[-1]
-    alone = (OneShotPruning.__name__, ContinualPruning.__name__)
-    return method in alone and 0 in (config.trainer.max_epochs, config.trainer.max_steps)
+    return method in ALONE and 0 in (config.trainer.max_epochs, config.trainer.max_steps)
 
 
 def dense_start(config: Namespace, model: LightningModule) -> LightningModule | None:

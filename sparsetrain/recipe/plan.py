@@ -23,6 +23,7 @@ from sparsetrain.errors import PatternError, RecipeError, SparsetrainError
 from sparsetrain.masks import MaskManager
 from sparsetrain.patterns import Sparsity, UnitPattern, exact
 from sparsetrain.recipe.build import as_recipe_error, instantiate
+from sparsetrain.recipe.domains import require_references
 from sparsetrain.recipe.flops import example_input, positions
 from sparsetrain.recipe.schema import load_recipe
 from sparsetrain.schedules import Clock, Curve
@@ -92,6 +93,11 @@ def plan(recipe: Path, overrides: Sequence[str] = ()) -> Plan:
     if config.init_from is not None and not Path(config.init_from).exists():
         result.problems.append(f"init_from: {config.init_from!r} is no file or run directory")
     data = _load_data(config, result)
+    if data is not None or config.data is None:
+        try:
+            require_references(config, method, data)
+        except RecipeError as error:
+            result.problems.append(str(error))
     _fill_curve(result, config, method, data)
     _fill_flops(result, model, data)
     return result

@@ -24,8 +24,8 @@ from sparsetrain.data import DomainSequence
 from sparsetrain.errors import DivergedError, RecipeError
 from sparsetrain.masks import save_masks
 from sparsetrain.recipe.build import Built, build, instantiate, require_lightning
-from sparsetrain.recipe.directory import check_resume, last_checkpoint, resume_path, write_metrics
-from sparsetrain.recipe.domains import check_domains, run_domains
+from sparsetrain.recipe.directory import check_resume, last_checkpoint, resumable, resume_path, write_metrics
+from sparsetrain.recipe.domains import check_domains, require_references, run_domains
 from sparsetrain.recipe.flops import flops
 from sparsetrain.recipe.metrics import DENSE_TWIN, evaluate, only_prunes, sparsity
 from sparsetrain.recipe.quiet import quiet
@@ -55,13 +55,12 @@ def run(
     if config.init_from is not None:
         config.init_from = str(Path(config.init_from).absolute())
     text = recipe_parser().dump(config, skip_unset=False)
-    seed_everything(config.seed, workers=True, verbose=False)
-    several = config.data is not None and config.data.class_path.endswith(f".{DomainSequence.__name__}")
-    # Stages of a sequence are gone on from one by one.
-    built = build(config, load=resume is None or several)
+    built = _built(config, resume)
+    several = isinstance(built.data, DomainSequence)
     model = require_lightning(built.model)
     if built.data is None:
         raise RecipeError("the recipe names no data; add data: {class_path: VisionData, init_args: {name: digits}}")
+    require_references(config, built.method, built.data)
     record = _record(recipe, overrides, config, command)
     step = 0 if resume is None else _going_on(resume, ckpt_path, out, text, built)
     found: dict[str, Any] = {}
@@ -94,6 +93,14 @@ def run(
                 save_masks(partial, masks)
         write_metrics(out, metrics)
     return metrics
+
+
+def _built(config: Namespace, resume: Path | None) -> Built:
+    """The recipe's objects; weights of ``init_from`` are loaded unless a checkpoint follows."""
+    # Stages of a sequence are gone on from one by one, and domains that came later measured on the model as it was.
+    load = resume is None or isinstance(instantiate(config, "data"), DomainSequence)
+    seed_everything(config.seed, workers=True, verbose=False)
+    return build(config, load=load)
 
 
 def _record(recipe: Path, overrides: Sequence[str], config: Namespace, command: str) -> dict[str, Any]:
@@ -130,8 +137,11 @@ def _references(
     for mode in ("fresh", "joint"):
         print(f"reference: the same recipe with memory.mode {mode}")
         where = out / mode
-        asked = [*overrides, "--method.memory.mode", mode, "--references", "false"]
-        runs[mode] = run(recipe, asked, where, "last" if last_checkpoint(where).is_file() else None)["continual"]["matrix"]
+        asked = [*overrides, "--method.memory.mode", mode, "--references", "false", "--dense_twin", "false"]
+        folder = config.get("method.init_args.memory.folder")
+        if folder is not None:  # a folder is of one run alone
+            asked += ["--method.memory.folder", str(Path(folder) / mode)]
+        runs[mode] = run(recipe, asked, where, _where_it_was(where))["continual"]["matrix"]
     matrix = found["continual"]["matrix"]
     return reference_metrics(matrix, found["higher_is_better"], runs["fresh"], runs["joint"])
 
@@ -158,17 +168,23 @@ def _speaks() -> bool:
 def dense_twin(recipe: Path, overrides: Sequence[str], out: Path) -> dict[str, Any]:
     """The dense twin's metrics; a finished one is not trained again, a broken-off or shorter one goes on."""
     where = out / "dense"
-    off = [*overrides, "--method", "null", "--dense_twin", "false"]
-    has_last = last_checkpoint(where).is_file()
-    if has_last and (where / "metrics.json").is_file():
+    off = [*overrides, "--method", "null", "--dense_twin", "false", "--references", "false"]
+    if resumable(where) and (where / "metrics.json").is_file():
         text = recipe_parser().dump(load_recipe(recipe, off), skip_unset=False)
         if (where / "config.yaml").read_text(encoding="utf-8") == text:
             return dict(json.loads((where / "metrics.json").read_text(encoding="utf-8")))
-    if where.exists() and not has_last:
-        shutil.rmtree(where)
     if _speaks():
         print("dense twin: the same recipe without pruning")
-    return run(recipe, off, where, "last" if has_last else None)
+    return run(recipe, off, where, _where_it_was(where))
+
+
+def _where_it_was(out: Path) -> str | None:
+    """How a run beside another goes on: from what is there, or, if it broke off before anything was, from the start."""
+    if resumable(out):
+        return "last"
+    if out.exists():
+        shutil.rmtree(out)
+    return None
 
 
 def _diverged(out: Path, record: dict[str, Any], error: DivergedError) -> DivergedError:

@@ -22,7 +22,7 @@ from sparsetrain.errors import RecipeError
 from sparsetrain.recipe.build import Built, as_recipe_error, require_lightning
 from sparsetrain.recipe.directory import WriteConfig
 from sparsetrain.recipe.history import History
-from sparsetrain.recipe.metrics import only_prunes
+from sparsetrain.recipe.metrics import ALONE, only_prunes
 from sparsetrain.schedules import Clock
 
 
@@ -40,8 +40,8 @@ def fit(config: Namespace, built: Built, out: Path, text: str, resume: Path | No
     if 0 in (trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches):
         raise RecipeError(
             f"nothing would be trained: trainer.max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
-            f"limit_train_batches={config.trainer.limit_train_batches}; give all of them more than 0 (only method "
-            "OneShotPruning can do without training)"
+            f"limit_train_batches={config.trainer.limit_train_batches}; give all of them more than 0 "
+            f"(only {' and '.join(ALONE)} can do without training)"
         )
     with lightning_as_recipe_errors():
         trainer.fit(

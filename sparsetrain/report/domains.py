@@ -38,6 +38,8 @@ def domain_facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     churn = [d["churn"] for d in (metrics.get("method") or {}).get("domains") or [] if d.get("churn") is not None]
     if churn:
         rows.append(("churn: share of the pruned weights that came back, by domain", ", ".join(f"{c:.2%}" for c in churn)))
+    if found.get("missing"):
+        rows.append(("in no average: not measured in the end, their data is gone", ", ".join(found["missing"])))
     return rows
 
 

@@ -91,7 +91,9 @@ def _state(metrics: Mapping[str, Any]) -> str:
 def _context(run: Run, name: str) -> dict[str, Any]:
     metrics = run.metrics
     changes, change_note = change_rows(metrics.get("changes") or [])
-    changed = {int(change["step"]) for change in metrics.get("changes") or [] if change["died"] or change["grew"]}
+    # Over domains every stage counts its steps from 0: they are no places in the curves.
+    told = [] if metrics.get("continual") else metrics.get("changes") or []
+    changed = {int(change["step"]) for change in told if change["died"] or change["grew"]}
     plot = training_plot(run.history, metrics.get("metric") or "", changed)
     rounds = (metrics.get("method") or {}).get("rounds") or []
     drawn = rounds_plot(rounds)

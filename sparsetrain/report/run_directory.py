@@ -89,6 +89,25 @@ def read_history(path: Path) -> tuple[list[dict[str, float]], list[str]]:
     return sorted(rows, key=lambda row: row["step"]), []
 
 
+def read_stages(folder: Path) -> tuple[list[dict[str, float]], list[str]]:
+    """Return the histories of a run over domains as one, each beginning a step after the one before has ended; and notes.
+
+    Example: ``rows, notes = read_stages(Path("runs/texts/domains"))``.
+    """
+    stages = [path for path in folder.glob("*-*") if path.name.partition("-")[0].isdigit()]
+    rows: list[dict[str, float]] = []
+    begins, notes = [], []
+    for stage in sorted(stages, key=lambda path: int(path.name.partition("-")[0])):
+        found, told = read_history(stage / "history.jsonl")
+        start = rows[-1]["step"] + 1 if rows else 0
+        rows += [row | {"step": start + row["step"]} for row in found]
+        notes += [f"{stage.name.partition('-')[2]}: {note}" for note in told]
+        begins += [f"{stage.name.partition('-')[2]} from step {start:,}"] if found else []
+    if any(name.endswith("/loss") for row in rows for name in row):
+        notes.insert(0, f"Curves are of the domain at hand, one after the other: {', '.join(begins)}.")
+    return rows, notes
+
+
 def read_run(run_dir: Path) -> Run:
     """Read everything a report shows; config, history and masks may be absent.
 
@@ -97,7 +116,8 @@ def read_run(run_dir: Path) -> Run:
     Example: ``read_run(Path("runs/digits"))``.
     """
     metrics = read_metrics(run_dir)
-    history, notes = read_history(run_dir / "history.jsonl")
+    stages = run_dir / "domains"
+    history, notes = read_stages(stages) if stages.is_dir() else read_history(run_dir / "history.jsonl")
     masks: dict[str, Tensor] = {}
     if (run_dir / "masks.safetensors").is_file():
         masks = load_masks(run_dir / "masks.safetensors")

@@ -82,11 +82,13 @@ class IncrementalClassification(Classification):
         self.register_buffer("seen_classes", torch.zeros(self.num_classes, dtype=torch.bool))
 
     def setup(self, stage: str) -> None:
-        """Ask the data module for the classes of the task; those that are trained count as seen from now on."""
+        """Ask the data module for the classes of the task."""
         super().setup(stage)
         self.current_classes = classes_of(getattr(self.trainer, "datamodule", None), self.num_classes)
-        if stage == "fit":
-            self.seen_classes[self.current_classes] = True
+
+    def on_train_start(self) -> None:
+        """They are trained, no method has refused them: they count as seen from now on."""
+        self.seen_classes[self.current_classes] = True
 
     def rivals(self, training: bool, labels: Tensor) -> Tensor:
         """Which classes compete now, bool (num_classes,)."""

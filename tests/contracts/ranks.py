@@ -344,10 +344,10 @@ def fit(strategy: Strategy | None, folder: Path | None = None, resume: Path | No
     return outcome(method.masks, model) | {"ok": method.verification.ok}
 
 
-def fit_plainly(callback: Callback, max_steps: int) -> Net:
-    """Lightning's DDP, every rank on its own half of the data; the trained model."""
+def fit_plainly(callback: Callback, max_steps: int, model: Net | None = None) -> Net:
+    """Lightning's DDP, every rank on its own half of the data; the trained model, a new one by default."""
     torch.manual_seed(3)
-    model = Net()
+    model = model or Net()
     seed_everything(7, verbose=False)
     silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from sparsetrain.callbacks.packnet import PackNet
 from sparsetrain.callbacks.supermask import Supermask
 from sparsetrain.data import VisionData
 from sparsetrain.data.domains import DomainSequence
-from sparsetrain.errors import DataError, PatternError, RecipeError, SparsetrainError, TargetError
+from sparsetrain.errors import DataError, DivergedError, PatternError, RecipeError, SparsetrainError, TargetError
 from sparsetrain.incremental import FrozenEntries, Rest
 from sparsetrain.incremental.supermask import Scored
+from sparsetrain.masks import MaskManager
 from sparsetrain.masks.state import unpack_bits
 from sparsetrain.targets import Targets
+from sparsetrain.tasks import Classification
 from sparsetrain.tasks.incremental import IncrementalClassification
 
 from .promises import assert_pattern, same_bits
@@ -61,11 +64,13 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 METHODS: dict[str, Callable[[], Method]] = {
     "packnet": lambda: PackNet(),
     "packnet, per task": lambda: PackNet(share=0.4, rest="per_task", restart="zero"),
+    "packnet, neurons": lambda: PackNet(pattern="neurons", rest="per_task"),
     "winning": lambda: Supermask(sparsity=0.6),
     "winning, per task": lambda: Supermask(sparsity=0.6, rest="per_task"),
     "fixed": lambda: Supermask("fixed", sparsity=0.6, score_lr=0.01),
     "fixed, threshold": lambda: Supermask("fixed", score_lr=0.001),
 }
+KINDS = ["packnet", "packnet, per task", "winning", "fixed, threshold"]
 
 
 def sequence(*tasks: list[int], batch_size: int = 32) -> DomainSequence:
@@ -182,6 +187,16 @@ def test_serving_leaves_the_weights_as_they_were() -> None:
             same_bits(before, module.state_dict())
 
 
+@pytest.mark.parametrize("method", KINDS)
+def test_before_the_first_task_a_network_is_served_as_it_is(method: str) -> None:
+    made, module, data = METHODS[method](), model(), sequence()
+    made.use(module)
+    before = copy.deepcopy(module.state_dict())
+    with made.serving(0, data.names[0]):
+        same_bits(before, module.state_dict())
+    assert bool(module.network.fc1.weight.any())
+
+
 # ---------------------------------------------------------------- counts and patterns
 
 
@@ -197,7 +212,7 @@ def test_owners_add_up_to_one_network() -> None:
 
 @pytest.mark.parametrize("pattern", ["unstructured:row", "1:4", "neurons"])
 def test_each_task_of_packnet_has_the_pattern(pattern: str) -> None:
-    method, module, data = PackNet(pattern=pattern), model(), sequence()
+    method, module, data = PackNet(pattern=pattern, rest="per_task"), model(), sequence()
     for task in range(3):
         fit(method, module, data, task)
         for name, owners in method.owners.items():
@@ -284,7 +299,35 @@ def test_a_run_killed_between_tasks_goes_on_bit_for_bit(method: str) -> None:
     assert one.facts() == other.facts()
 
 
-@pytest.mark.parametrize("method", ["packnet", "packnet, per task", "winning", "fixed, threshold"])
+def test_killed_between_tasks_a_model_without_classes_is_served_at_once() -> None:
+    """No classes: the head is one of the rest, and each task has a copy of it."""
+
+    def plain() -> LightningModule:
+        torch.manual_seed(5)
+        return Classification(Net(), optimizer=OPTIMIZERS["adam"])
+
+    def answers(method: PackNet, module: LightningModule) -> Tensor:
+        with method.serving(0, data.names[0]), torch.no_grad():
+            result: Tensor = module.eval()(data[0].test_set.tensors[0])  # type: ignore[attr-defined]
+            module.train()
+        return result
+
+    method, module, data = PackNet(rest="per_task"), plain(), sequence()
+    fit(method, module, data, 0)
+    data[0].setup("test")
+    first = answers(method, module)
+    fit(method, module, data, 1)
+    saved = stored({"model": module.state_dict(), "method": method.state_dict()})
+    other, again = PackNet(rest="per_task"), plain()
+    take_over(other, again, saved)
+    assert torch.equal(answers(method, module), first)
+    assert torch.equal(answers(other, again), first)
+    same_bits(module.state_dict(), again.state_dict())
+    with method.serving(0, data.names[0]):
+        assert not torch.equal(module.network.head.weight, again.network.head.weight)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("method", KINDS)
 @pytest.mark.parametrize("step", [5, 17])
 def test_a_run_killed_inside_a_task_goes_on_bit_for_bit(method: str, step: int, tmp_path: Path) -> None:
     one, module, data = METHODS[method](), model("adam", dropout=0.2), sequence()
@@ -319,6 +362,111 @@ def test_a_full_network_takes_no_task() -> None:
             fit(method, module, data, tasks)
 
 
+def everything(method: Any, module: nn.Module) -> bytes:
+    """What a method remembers and the weights of its model."""
+    file = io.BytesIO()
+    torch.save({"method": method.method_state(), "masks": method.masks.state_dict(), "model": module.state_dict()}, file)
+    return file.getvalue()
+
+
+def full(method: Any) -> None:
+    method.owners["network.fc2.weight"].fill_(1)  # fc1 has room
+
+
+def lost(method: Any) -> None:
+    method._scored["network.fc2.weight"].scores.data.fill_(math.nan)
+
+
+@pytest.mark.parametrize(
+    ("make", "spoil", "error", "says"),
+    [
+        (lambda: PackNet(share=1), nothing, PatternError, "the network is full"),
+        (lambda: PackNet(share=0.4), full, PatternError, r"fc2.weight, task '1: \[2, 3\]': the network is full"),
+        (lambda: Supermask(sparsity=0.6), lost, DivergedError, "fc2.weight"),
+    ],
+)
+def test_a_refused_task_leaves_everything_as_it_was(
+    make: Callable[[], Method], spoil: Callable[[Any], None], error: type[SparsetrainError], says: str
+) -> None:
+    method, module, data = make(), model(), sequence()
+    fit(method, module, data, 0)
+    spoil(method)
+    before = everything(method, module)
+    for _ in range(2):
+        with pytest.raises(error, match=says):
+            fit(method, module, data, 1)
+        assert everything(method, module) == before
+    assert method.order.names == data.names[:1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_new_object_does_not_know_what_is_packed(method: str) -> None:
+    module, data = model(), sequence()
+    fit(METHODS[method](), module, data, 0)
+    before = copy.deepcopy(module.network.state_dict())
+    says = (
+        r"fc1.weight: \d+ of 1536 weights are exactly 0, .* Pass the same (PackNet|Supermask) object for all tasks, or resume"
+    )
+    for _ in range(2):
+        with pytest.raises(RecipeError, match=says):
+            fit(METHODS[method](), module, data, 1)
+    same_bits(before, module.network.state_dict())
+
+
+def test_a_zero_by_chance_is_no_packed_network() -> None:
+    module = model()
+    with torch.no_grad():
+        module.network.fc1.weight[0, :15] = 0  # of 1536: just below one in a hundred
+    fit(PackNet(), module, sequence(), 0)
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_a_trainer_that_has_finished_trains_no_second_task(method: str) -> None:
+    made, module, data = METHODS[method](), model(), sequence()
+    runner = trainer(made, max_epochs=1, limit_val_batches=0)
+    for task in (0, 1):
+        data.enter(task)
+        if task:
+            with pytest.raises(RecipeError, match=r"no step was trained on '1: \[2, 3\]'.* make a new Trainer for each task"):
+                runner.fit(module, datamodule=data)
+        else:
+            runner.fit(module, datamodule=data)
+    assert made.order.names == data.names[:1]
+    fit(made, module, data, 1)
+    assert made.order.ended == 2
+
+
+def test_whole_units_need_statistics_of_their_own() -> None:
+    for _ in range(2):  # and the second time too
+        with pytest.raises(
+            TargetError, match=r"norm keeps running statistics.* PackNet with pattern neurons needs rest='per_t"
+        ):
+            (refused := PackNet(pattern="neurons")).use(network := Net())
+    with pytest.raises(TargetError, match="norm keeps running statistics"):
+        refused.use(network)
+    network.norm = nn.Identity()  # type: ignore[assignment]
+    PackNet(pattern="neurons").use(network)
+    PackNet(pattern="unstructured:row").use(Net())
+
+
+def test_frozen_statistics_of_free_neurons_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why: at the end of the first task the variance of the neurons it left is on its way to 0, and stays there."""
+    monkeypatch.setattr(Rest, "refuse_norms", nothing)
+    method, module, data = PackNet(pattern="neurons", prune_at="2st"), model(), sequence()
+    fit(method, module, data, 0, max_epochs=10)
+    free = (method.owners["network.fc1.weight"] == 0).all(1)
+    variance = module.network.norm.running_var.clone()
+    assert float(variance[free].max()) < 0.01 < float(variance[~free].max())
+    fit(method, module, data, 1, max_epochs=10)
+    assert torch.equal(module.network.norm.running_var, variance)
+
+
+def test_a_method_is_given_no_manager() -> None:
+    for method in (PackNet(), Supermask(sparsity=0.5)):
+        with pytest.raises(RecipeError, match=f"{type(method).__name__} makes its own masks"):
+            method.use(network := Net(), MaskManager(network))
+
+
 def test_a_task_is_trained_once_and_in_order() -> None:
     method, module, data = PackNet(), model(), sequence()
     fit(method, module, data, 0)
@@ -341,6 +489,7 @@ def test_a_task_that_ends_before_it_prunes_says_so() -> None:
     method, module, data = PackNet(prune_at="400st"), model(), sequence()
     with pytest.raises(RecipeError, match=r"prune_at='400st' is step 400 of the 18 of task"):
         fit(method, module, data, 0)
+    assert method.order.names == []
 
     class Stop(Callback):
         def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -350,6 +499,18 @@ def test_a_task_that_ends_before_it_prunes_says_so() -> None:
     with pytest.warns(UserWarning, match="training ended before prune_at='50%': pruned at the end"):
         fit(method, module, data, 0, Stop(), min_epochs=0)
     assert method.facts()["owned"] == {data.names[0]: 640}
+
+
+def test_resumed_where_it_ends_a_task_prunes_all_the_same(tmp_path: Path) -> None:
+    data = sequence()
+    keep = [ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1) for _ in range(2)]
+    fit(PackNet(), model(), data, 0, keep[0], enable_checkpointing=True)
+    method = PackNet()
+    runner = trainer(method, keep[1], max_steps=5, max_epochs=-1, limit_val_batches=0, enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="training ended before prune_at='50%': pruned at the end"):
+        runner.fit(module := model(), datamodule=data, ckpt_path=str(tmp_path / "step=5.ckpt"))
+    assert method.facts()["owned"] == {data.names[0]: 640}
+    assert int((module.network.fc1.weight != 0).sum()) == 512
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -69,13 +70,34 @@ def test_domain_takes_it_of_the_domains_mean() -> None:
     torch.testing.assert_close(found, wanted.abs() / 2 / 12, rtol=1e-12, atol=1e-12)
 
 
-def test_a_perturbation_in_proportion_points_there() -> None:
-    """``(f((1 + e) x, (1 + e) W) - f(x, W)) / e = (2 + e) f(x, W)``: so relative changes of either collapse to ``y x'``."""
+@pytest.mark.parametrize("order", ["token", "sequence", "domain", "final"])
+@pytest.mark.parametrize("e", [1e-2, 1e-3, 1e-4])
+def test_it_is_the_finite_difference_of_a_change_in_proportion(e: float, order: str) -> None:
+    """How much ``||dy||^2`` of ``dy = f(x + dx, W + dW) - f(x, W)`` answers to ``dW``, at ``dx = e x`` and ``dW = e W``.
+
+    ``dy = e (2 + e) y`` there, so that the answer is ``2 e (2 + e) (1 + e) y x'``.
+    """
     module, x = layer(), tokens()
-    weight = module.weight.detach()
-    for e in (1e-2, 1e-3, 1e-4):
-        change = (((1 + e) * x) @ ((1 + e) * weight).mT - x @ weight.mT) / e
-        torch.testing.assert_close(change, (2 + e) * (x @ weight.mT), rtol=1e-9, atol=1e-9)
+    weight, size = module.weight.detach(), 1e-3 * e
+    found = watched(criterion := Copal(abs_order=order), module, x)["outer"][0]  # type: ignore[arg-type]
+    answers = torch.zeros(3, 4, *weight.shape, dtype=torch.float64)
+    for i, j in itertools.product(*map(range, weight.shape)):
+        for sign in (1, -1):
+            there = (1 + e) * weight
+            there[i, j] += sign * size
+            change = nn.functional.linear((1 + e) * x, there) - nn.functional.linear(x, weight)
+            answers[:, :, i, j] += sign * change.square().sum(-1) / (2 * size)
+    answers /= 2 * e * (2 + e) * (1 + e)
+    wanted = {
+        "token": answers.abs().mean((0, 1)),
+        "sequence": answers.sum(1).abs().sum(0) / 12,
+        "domain": answers.mean((0, 1)).abs(),
+        "final": answers.mean((0, 1)).abs(),
+    }[order]
+    sensitivity = found if order != "final" else (weight @ symmetric(found)).abs()
+    torch.testing.assert_close(sensitivity, wanted, rtol=1e-6, atol=1e-9)
+    criterion.memory["weight"] = criterion.settled(criterion.memory["weight"])
+    torch.testing.assert_close(criterion.score(weight, name="weight"), weight.abs() * wanted, rtol=1e-6, atol=1e-9)
 
 
 def test_signed_scores_of_a_row_add_up_to_its_energy() -> None:
@@ -124,6 +146,37 @@ def test_a_convolution_is_its_patches(make: Callable[[], StatisticsCriterion], g
         watched(alone, linear, patches[:, group])
         wanted = alone.score(linear.weight.detach(), name="weight")
         torch.testing.assert_close(found[rows].flatten(1), wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False), (4, 2, 5, 7)),
+        (lambda: nn.Conv2d(2, 3, (2, 3), dilation=2, padding="same", padding_mode="circular", bias=False), (4, 2, 5, 7)),
+        (lambda: nn.Conv1d(2, 3, 3, padding=2, padding_mode="reflect", bias=False), (4, 2, 9)),
+        (lambda: nn.Conv1d(2, 3, 3, bias=False), (2, 9)),
+        (lambda: nn.Conv2d(2, 3, 3, bias=False), (2, 5, 7)),
+    ],
+)
+@pytest.mark.parametrize("images", [1, 2, 3, 4])
+def test_a_sequence_is_an_image_whatever_memory_takes_at_a_time(
+    images: int, make: Callable[[], nn.Module], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    conv = make().double()
+    x = tokens(shape)
+    batch = x if x.ndim == conv.weight.ndim else x[None]
+    kernel = conv.weight[0, 0].numel()
+    monkeypatch.setattr("sparsetrain.criteria.inputs._CHUNK", images * batch[0].numel() * kernel)
+    found = watched(Copal(abs_order="sequence"), conv, x)
+    total = torch.zeros_like(conv.weight)
+    for image in batch:
+        conv.weight.grad = None
+        made = conv(image[None])
+        made.square().sum().backward()
+        total += conv.weight.grad.abs() / 2
+    positions = made[0, 0].numel() * len(batch)
+    torch.testing.assert_close(found["outer"][0], total.flatten(1).detach() / positions, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("make", [Copal, lambda: Copal(abs_order="sequence"), lambda: Copal(abs_order="domain"), OutputFisher])

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sparsetrain.callbacks import ContinualPruning
+from sparsetrain.continual import Memory
 from sparsetrain.continual.matrix import continual_metrics
 from sparsetrain.data import TextData
 from sparsetrain.errors import RecipeError
@@ -141,6 +143,71 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(
     assert_equal("whole", "out")
 
 
+@pytest.mark.parametrize(("domain", "step"), [("law", None), ("law", 6), ("code", 1)])
+def test_a_killed_run_with_its_memory_in_files_ends_like_an_uninterrupted_one(
+    domain: str, step: int | None, tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the newest checkpoint is of the end of the domain before: step 1 is before the first of its own."""
+    options = (*TRAINS, "--checkpoint_every", "2st")
+    assert cli("run", tiny, *options, "--out", "whole").code == 0
+    options = (*options, "--method.memory.folder", "kept", "--out", "out")
+    kill_in(domain, monkeypatch, step)
+    assert cli("run", tiny, *options).code == 130
+    ended = cli("run", tiny, *options, "--ckpt_path", "last")
+    assert (ended.code, ended.err) == (0, ""), ended.err
+    assert_equal("whole", "out")
+
+
+def test_the_checkpoint_before_the_end_of_a_fit_is_not_too_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A kill in the second domain, while the newest checkpoint is what Lightning wrote at the end of the first's training."""
+
+    def fit(name: str, method: ContinualPruning, model: CausalLM, ckpt_path: str | None = None) -> None:
+        method.domain = name
+        data = TextData(name, tokenizer="bytes", window=32, batch_size=4, limit=16)
+        saving = ModelCheckpoint(tmp_path / "saved", save_last=True, every_n_train_steps=3)
+        silent = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+        trainer = Trainer(accelerator="cpu", max_steps=3, callbacks=[method, saving], limit_val_batches=0, **silent)
+        if name == "law" or ckpt_path:
+            trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
+            return
+        monkeypatch.setattr(ContinualPruning, "log_sparsity", lambda *_: (_ for _ in ()).throw(RecipeError("killed")))
+        with pytest.raises(RecipeError, match="killed"):
+            trainer.fit(model, data)
+        monkeypatch.undo()
+
+    def made() -> tuple[ContinualPruning, CausalLM]:
+        torch.manual_seed(3)
+        model = CausalLM(config=LLAMA, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+        return ContinualPruning(pattern="2:4", memory=Memory(folder=tmp_path / "kept")), model
+
+    method, model = made()
+    fit("law", method, model)
+    assert method.drift
+    fit("python", method, model)
+    later, model = made()
+    fit("law", later, model, str(tmp_path / "saved" / "last.ckpt"))
+    assert later.drift == method.drift
+    assert later.pruner is not None
+    assert [domain.name for domain in later.pruner.domains] == ["law"]
+
+
+def test_a_folder_is_of_one_run_alone(tiny: Path, cli: Cli) -> None:
+    options = ("--method.memory.folder", "kept", "--data.order", "[drama, law]")
+    assert cli("run", tiny, *options, "--out", "out").code == 0
+    ended = cli("run", tiny, *options, "--out", "other")
+    assert ended.code == 2
+    assert "memory.folder: kept/base holds what another run has learned" in ended.err
+    # A directory that was copied, with the folder in it, goes on.
+    options = ("--method.memory.folder", "here/kept", "--out", "here/out")
+    assert cli("run", tiny, *options, "--data.order", "[drama, law]").code == 0
+    shutil.copytree("here", "there")
+    shutil.rmtree("here")
+    Path("there").rename("here")
+    assert cli("run", tiny, *options, "--ckpt_path", "last").code == 0
+    assert cli("run", tiny, "--out", "whole").code == 0
+    assert same(weights("whole"), weights("here/out"))
+
+
 def test_going_on_needs_the_memory(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin: a run that forgets what it has learned ends otherwise."""
     assert cli("run", tiny, "--out", "whole").code == 0
@@ -174,6 +241,17 @@ def test_references(tiny: Path, cli: Cli) -> None:
     assert found["joint_gap"] == pytest.approx(found["average"] - joint["average"])
     assert found["matrix"][0] == fresh["matrix"][0]
     assert metrics("out/joint")["method"]["memory"] == "joint"
+
+
+def test_references_keep_their_memory_apart(tiny: Path, cli: Cli) -> None:
+    options = ("--data.order", "[drama, law]", "--references", "true")
+    assert cli("run", tiny, *options, "--out", "out").code == 0
+    ended = cli("run", tiny, *options, "--method.memory.folder", "kept", "--out", "filed")
+    assert (ended.code, ended.err) == (0, ""), ended.err
+    for run in (".", "fresh", "joint"):
+        assert same(weights(f"out/{run}"), weights(f"filed/{run}"))
+    owners = [Path("kept", run, "base", "id").read_text() for run in (".", "fresh", "joint")]
+    assert len(set(owners)) == 3
 
 
 def test_memory_in_files(tiny: Path, cli: Cli) -> None:

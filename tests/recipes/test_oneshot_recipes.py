@@ -99,7 +99,7 @@ def test_a_run_that_is_not_ended_at_once_trains(tiny: Path, cli: Cli, monkeypatc
 def test_what_needs_training_is_refused_without(tiny: Path, cli: Cli) -> None:
     for options, told in (
         (["--method.start", "1st"], "method.start is 1st, and no step is trained; write 0st"),
-        (["--method", "null"], "only method OneShotPruning can do without training"),
+        (["--method", "null"], "only OneShotPruning and ContinualPruning can do without training"),
         (["--method", "PruneFinetune", "--method.pattern", "2:4"], "nothing would be trained"),
         (["--trainer.limit_train_batches", "0"], "limit_train_batches=0"),
     ):

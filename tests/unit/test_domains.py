@@ -61,7 +61,8 @@ def test_domains_may_arrive_later() -> None:
         ({"a": text()}, {"weights": {"a": -1.0}}, r"weights has 'a': -1\.0; positive numbers"),
         ({"a": text(), "b": VisionData("digits")}, {}, "one model reads one kind of data"),
         ({"a": text(), "b": text(tokenizer="bpe:300")}, {}, "is read by tokenizer 'bytes' and 'b' by 'bpe:300'"),
-        ({"a": text(tokenizer="bpe:300"), "b": text("law", tokenizer="bpe:300")}, {}, "each train a tokenizer 'bpe:300'"),
+        ({"a": text(tokenizer="bpe:300"), "b": text("law", tokenizer="bpe:300")}, {}, "'a' would train a tokenizer 'bpe:300'"),
+        ({"a": text(tokenizer="bpe:300")}, {}, r"'a' would train a tokenizer 'bpe:300' of its own.* the folder of one"),
     ],
 )
 def test_what_cannot_be_a_sequence(domains: dict[str, LightningDataModule], options: Any, message: str) -> None:
@@ -144,6 +145,24 @@ def test_a_matrix_with_gaps() -> None:
     with pytest.raises(DataError, match="stage 2, domain 0: there are 2 of them"):
         matrix.update(2, 0, 1.0)
     assert matrix.higher_is_better is True
+
+
+def test_a_domain_whose_data_is_gone_counts_in_no_average() -> None:
+    rows = [ROWS[0], ROWS[1], [None, *ROWS[2][1:]]]
+    assert continual_metrics(rows, False, [1.0, 45.0, 44.0]) == {
+        "average": 26.0,  # (22 + 30) / 2
+        "learned": 20.0,
+        "backward_transfer": 2.0,  # 22 - 20
+        "forgetting": 2.0,
+        "forward_transfer": 0.5,
+    }
+    assert continual_metrics([[3.0], [None, 4.0]], False) == {"average": 4.0, "learned": 3.5}
+    joint = [[0.0] * 3, [0] * 3, [10, None, 31]]
+    assert reference_metrics(rows, False, ROWS, joint) == {"intransigence": 0.0, "joint_gap": -1.0}  # 30 - 31
+    # What is no number is no gap, and a domain is measured after its own stage.
+    for wrong in ([[3.0, 1.0], [math.nan, 4.0]], [[None, 1.0], [3.0, 4.0]], [[3.0, 1.0], [3.0, None]]):
+        with pytest.raises(DataError, match="some that are no number"):
+            continual_metrics(wrong, higher_is_better=True)
 
 
 def test_the_page_tells_what_follows_from_the_matrix() -> None:

@@ -257,6 +257,46 @@ def test_rows_of_the_head_belong_to_the_first_task_with_their_class() -> None:
         Rest(network, {"fc1.weight", "fc2.weight"})
 
 
+def test_a_head_without_classes_is_one_of_the_rest_after_a_file_too() -> None:
+    def made() -> tuple[nn.Module, Rest]:
+        network = MLP(4, [3], 5)
+        return network, Rest(network, {"fc1.weight"}, per_task=True)
+
+    network, rest = made()
+    rest.begin(1, None, FrozenEntries())
+    rest.end(1)
+    other, again = made()
+    again.load_state_dict(rest.state_dict())
+    for name in ("fc1.bias", "fc2.weight", "fc2.bias"):
+        now = other.get_parameter(name).detach().clone()
+        with again.serving(1):
+            assert torch.equal(other.get_parameter(name), network.get_parameter(name))
+        assert torch.equal(other.get_parameter(name), now)
+        assert not torch.equal(now, network.get_parameter(name))
+    rows, last = made()  # with classes rows stay rows
+    last.begin(1, [0, 1], FrozenEntries())
+    last.end(1)
+    other, again = made()
+    again.load_state_dict(last.state_dict())
+    with again.serving(1):
+        assert torch.equal(other.get_parameter("fc1.bias"), rows.get_parameter("fc1.bias"))
+        assert not torch.equal(other.get_parameter("fc2.weight"), rows.get_parameter("fc2.weight"))
+
+
+def test_norms_that_keep_statistics_are_named() -> None:
+    for norm, told in (
+        (nn.BatchNorm1d(3), True),
+        (nn.BatchNorm1d(3, track_running_stats=False), False),
+        (nn.LayerNorm(3), False),
+    ):
+        rest = Rest(nn.Sequential(nn.Linear(4, 3), norm, nn.Linear(3, 2)), {"0.weight"})
+        if told:
+            with pytest.raises(TargetError, match=r"1 keeps running statistics.* do something"):
+                rest.refuse_norms("do something")
+        else:
+            rest.refuse_norms("do something")
+
+
 def test_copies_of_the_rest_count() -> None:
     network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
     rest = Rest(network, {"0.weight"}, per_task=True)

@@ -117,21 +117,37 @@ def test_layers_must_be_a_chain(shapes: dict[str, tuple[int, ...]], says: str) -
 
 
 class Branched(nn.Module):
-    """Three layers; the last one reads the first around the second, or layers change places."""
+    """Three layers; the last one reads the first around the second, or layers change places, or neurons of the first do."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
         self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.norm, self.extra = nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def between(self, first: Tensor) -> Tensor:
+        if self.kind == "inplace":
+            return first.relu_()
+        return {
+            "layernorm": lambda: self.norm(torch.relu(first)),
+            "groupnorm": lambda: nn.functional.group_norm(torch.relu(first), 2),
+            "shuffled": lambda: torch.relu(first).view(-1, 2, 2).transpose(1, 2).flatten(1),
+            "swapped": lambda: torch.relu(first)[:, [0, 1, 3, 2]],
+            "leaking": lambda: torch.relu(first) + 1e-9 * torch.relu(first).roll(2, 1),
+            "excluded": lambda: self.extra(torch.relu(first)),
+        }.get(self.kind, lambda: torch.relu(first))()
 
     def forward(self, x: Tensor) -> Tensor:
-        first = torch.relu(self.a(x))
+        first = self.between(self.a(x))
         if self.kind == "unused":
             return first
         if self.kind == "order":
             return self.b(self.c(first).repeat(1, 2))  # type: ignore[no-any-return]
         second = torch.relu(self.b(first))
-        return self.c({"chain": second, "around": second + first, "beside": first}[self.kind])  # type: ignore[no-any-return]
+        return self.c({"around": second + first, "beside": first}.get(self.kind, second))  # type: ignore[no-any-return]
+
+
+MIXED = ("layernorm", "groupnorm", "shuffled", "swapped", "leaking", "excluded")
 
 
 @pytest.mark.parametrize(
@@ -141,6 +157,7 @@ class Branched(nn.Module):
         ("beside", "c follows b and reads a too"),
         ("order", "c is called as number 2, and is target 3"),
         ("unused", "b is not called in the forward pass"),
+        *((kind, "neurons are mixed between a and b .LayerNorm, an excluded layer") for kind in MIXED),
     ],
 )
 def test_branches_are_found_by_asking_the_network(kind: str, says: str) -> None:
@@ -149,10 +166,46 @@ def test_branches_are_found_by_asking_the_network(kind: str, says: str) -> None:
 
     with pytest.raises(TargetError, match=says):
         ask(Branched(kind))
-    plain = Branched("chain")
-    ask(plain)
-    assert plain.training
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
+    for plain in (Branched("chain"), Branched("inplace")):
+        ask(plain)
+        assert plain.training
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
+
+
+def test_dead_neurons_hide_nothing() -> None:
+    """Neurons that no task has yet say 0, and ReLU would let nothing of them through."""
+    network = Branched("swapped")
+    nn.init.zeros_(network.a.weight)
+    nn.init.constant_(network.a.bias, -1.0)
+    with pytest.raises(TargetError, match="neurons are mixed"):
+        require_chain(network, {name: network.get_submodule(name) for name in "abc"}, torch.ones(2, 3))
+
+
+class Image(nn.Module):
+    """A channel is many pixels, and after the flattening as many inputs."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.last = last
+        self.a, self.b, self.c = nn.Conv2d(1, 5, 3, stride=2), nn.Conv2d(5, 6, 2), nn.Linear(24, 3)
+        self.depth, self.norm = nn.Conv2d(5, 5, 3, padding=1, groups=5), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.b(self.depth(torch.relu(self.a(x))))))
+        x = nn.functional.max_pool2d(x, 2, 1)
+        return self.c((x.movedim(1, -1) if self.last else x).flatten(1))  # type: ignore[no-any-return]
+
+
+def test_channels_stay_by_themselves() -> None:
+    for last in (False, True):
+        network = Image(last)
+        layers = {name: network.get_submodule(name) for name in "abc"}
+        images = torch.rand(2, 1, 9, 9, generator=torch.Generator().manual_seed(0))
+        if last:
+            with pytest.raises(TargetError, match="neurons are mixed between b and c"):
+                require_chain(network, layers, images)
+        else:
+            require_chain(network, layers, images)
 
 
 def test_new_weights_have_the_scale_of_their_few_inputs() -> None:
