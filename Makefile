@@ -32,6 +32,9 @@ test: check
 bench: $(BIN)/.installed-dev
 	$(BIN)/python -m tests.benchmarks.bench_selection
 	$(BIN)/python -m tests.benchmarks.bench_keeping
+	$(BIN)/python -m tests.benchmarks.bench_continual
+	$(BIN)/python -m tests.benchmarks.bench_proximal
+	$(BIN)/python -m tests.benchmarks.bench_formats
 
 results: $(BIN)/.installed-dev
 	$(BIN)/python -m sparsetrain.report.results README.md recipes/results/*.json

@@ -38,6 +38,7 @@ KNOWS = {
     "checkpoints": "errors targets",
     "distillation": "errors",
     "nn": "errors masks",
+    "export": "errors targets",
     "structure": "errors patterns targets masks calibration",
     "sensitivity": "errors patterns criteria allocation masks pruning",
     "predictor": "errors patterns allocation",
