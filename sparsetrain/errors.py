@@ -38,7 +38,6 @@ class ExportError(SparsetrainError, RuntimeError):
     """A model cannot run in the format asked for, or does not give there what it gives as it is."""
 
 
-
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest known word, or an empty string.
 
