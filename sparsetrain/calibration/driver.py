@@ -45,7 +45,7 @@ class Driver:
         outputs = {block.stack: carried(block.stack) for block in self.blocks[:index]}
         with ExitStack() as patched:
             for block, module in zip(self.blocks[:index], self.modules[:index], strict=True):
-                patched.enter_context(_forward(module, lambda *args, _stack=block.stack, **kwargs: outputs[_stack]))
+                patched.enter_context(with_forward(module, lambda *args, _stack=block.stack, **kwargs: outputs[_stack]))
             if index < len(self.blocks):
                 module, original, met = self.modules[index], self.modules[index].forward, list[Any]()
 
@@ -58,7 +58,7 @@ class Driver:
                 def stop(*_: Any) -> None:  # whoever listens to what the block gives (it may be a target itself) came first
                     raise Reached(met[-1])
 
-                patched.enter_context(_forward(module, here))
+                patched.enter_context(with_forward(module, here))
                 patched.callback(module.register_forward_hook(stop).remove)
             try:
                 self.run(batch)
@@ -68,7 +68,7 @@ class Driver:
 
 
 @contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let a module do something else; one whose ``forward`` was replaced before gets that back."""
     before = vars(module).get("forward")
     module.forward = forward

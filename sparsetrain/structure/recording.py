@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.calibration.data import mapped, tensors_in
+from sparsetrain.calibration.driver import with_forward
 from sparsetrain.errors import TargetError
 from sparsetrain.structure.layers import Layer
 
@@ -153,17 +154,5 @@ def patched(layers: Sequence[Layer], how: Callable[[Layer, Forward], Forward]) -
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)  # which passes by the layers inside
         for layer in layers:
-            stack.enter_context(_forward(layer.module, how(layer, layer.module.forward)))
+            stack.enter_context(with_forward(layer.module, how(layer, layer.module.forward)))
         yield
-
-
-@contextmanager
-def _forward(module: nn.Module, forward: Forward) -> Iterator[None]:
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
