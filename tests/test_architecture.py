@@ -37,20 +37,21 @@ KNOWS = {
     "incremental": "errors selection patterns targets masks nm",
     "checkpoints": "errors targets",
     "distillation": "errors",
-    "nn": "errors masks",
-    "export": "errors targets",
+    "writing": "errors",
+    "nn": "errors masks writing",
+    "export": "errors targets structure writing",
     "structure": "errors patterns targets masks calibration",
     "sensitivity": "errors patterns criteria allocation masks pruning",
     "predictor": "errors patterns allocation",
     "callbacks": "errors selection patterns targets schedules criteria allocation masks pruning calibration regrowth nm depth "
-    "oneshot continual incremental checkpoints distillation nn",
+    "oneshot continual incremental checkpoints distillation nn structure penalties",
     "tasks": "errors data",
     "data": "errors",
     "report": "errors masks",
     "__init__": "errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report "
     "calibration sensitivity predictor connectivity depth oneshot continual",
     "recipe": "errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report "
-    "calibration sensitivity predictor connectivity depth oneshot continual checkpoints",
+    "calibration sensitivity predictor connectivity depth oneshot continual checkpoints structure",
     "commands": "errors",
     "cli": "commands errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report recipe "
     "calibration sensitivity predictor connectivity depth oneshot",
@@ -58,7 +59,7 @@ KNOWS = {
 }
 LIGHTNING = {"callbacks", "tasks", "data", "recipe", "cli"}
 #: What callbacks are made from, and may therefore import.
-BASES = ("base", "task_order")
+BASES = ("base", "structured", "task_order")
 
 FILE_LINES, FUNCTION_LINES, ARGUMENTS = 300, 60, 8
 LATER = re.compile(r"\b(NotImplementedError|TODO|FIXME)\b")

@@ -7,6 +7,8 @@ from sparsetrain.callbacks.continual_pruning import ContinualPruning
 from sparsetrain.callbacks.depth_pruning import DepthPruning
 from sparsetrain.callbacks.distillation import Distillation
 from sparsetrain.callbacks.dynamic_sparse import DynamicSparse
+from sparsetrain.callbacks.group_lasso import GroupLasso
+from sparsetrain.callbacks.group_penalty import Penalty
 from sparsetrain.callbacks.growth_rules import Update
 from sparsetrain.callbacks.keep_masks import KeepMasks
 from sparsetrain.callbacks.lottery import LotteryTickets
@@ -14,10 +16,11 @@ from sparsetrain.callbacks.nm_training import NMTraining
 from sparsetrain.callbacks.oneshot import OneShotPruning
 from sparsetrain.callbacks.packnet import PackNet
 from sparsetrain.callbacks.prune_finetune import PruneFinetune
-from sparsetrain.callbacks.recovery import Recovery
+from sparsetrain.callbacks.recovery import Guard, Recovery
 from sparsetrain.callbacks.rewinding import Rewind
 from sparsetrain.callbacks.spacenet import SpaceNet
 from sparsetrain.callbacks.sparse_lora import SparseLoRA
+from sparsetrain.callbacks.structured import Groups, StructuredCallback
 from sparsetrain.callbacks.supermask import Supermask
 from sparsetrain.callbacks.tickets import Control, Lost, TicketRounds
 
@@ -28,18 +31,23 @@ __all__ = [
     "DepthPruning",
     "Distillation",
     "DynamicSparse",
+    "GroupLasso",
+    "Groups",
+    "Guard",
     "KeepMasks",
     "Lost",
     "LotteryTickets",
     "NMTraining",
     "OneShotPruning",
     "PackNet",
+    "Penalty",
     "PruneFinetune",
     "Recovery",
     "Rewind",
     "SpaceNet",
     "SparseLoRA",
     "SparsityCallback",
+    "StructuredCallback",
     "Supermask",
     "TicketRounds",
     "Update",
@@ -51,6 +59,7 @@ NAMES: dict[str, type[SparsityCallback]] = {
     "DynamicSparse": DynamicSparse,
     "NMTraining": NMTraining,
     "OneShotPruning": OneShotPruning,
+    "GroupLasso": GroupLasso,
     "ContinualPruning": ContinualPruning,
     "PackNet": PackNet,
     "Supermask": Supermask,

@@ -12,12 +12,12 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from sparsetrain.callbacks.agreement import require_agreement
 from sparsetrain.callbacks.exact_resume import ExactResume
 from sparsetrain.errors import MaskStateError, PatternError, RecipeError
 from sparsetrain.masks import MaskedTensor, MaskManager, Verification
-from sparsetrain.patterns import Sparsity, Unstructured
+from sparsetrain.patterns import Sparsity
 from sparsetrain.schedules import Clock, Curve
-from sparsetrain.targets import Targets
 
 
 class SparsityCallback(Callback):
@@ -130,27 +130,10 @@ class SparsityCallback(Callback):
         if manager is None and self.manager is not None and self.manager.model is model:
             manager = self.manager
         elif manager is not None:
-            self._require_agreement(manager)
+            require_agreement(self, manager)
         self.manager = manager or self.create_manager(model)
         self.validate()
         return self.manager
-
-    def _require_agreement(self, manager: MaskManager) -> None:
-        """Raise where this method's own pattern, targets or overrides say something else than the manager it is given."""
-        me, options = type(self).__name__, vars(self)
-        pattern, targets = options.get("pattern"), options.get("targets")
-        patterns = sorted({str(tensor.pattern) for tensor in manager})
-        if pattern is not None and pattern != Unstructured() and str(pattern) not in patterns:
-            problem = f"is asked for pattern {pattern}, and its manager has {', '.join(patterns)}"
-        elif (
-            targets and targets != Targets() and {t.name for t in targets.match(manager.model).targets} != set(manager.tensors)
-        ):
-            problem = f"is asked for {targets}, which are not the targets of its manager"
-        elif options.get("overrides"):
-            problem = f"has overrides ({', '.join(options['overrides'])}), which its manager knows nothing of"
-        else:
-            return
-        raise PatternError(f"{me} {problem}; say it once: MaskManager(model, targets, pattern, overrides)")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find or make the manager, before anything is sharded or loaded."""
@@ -206,13 +189,7 @@ class SparsityCallback(Callback):
                 "configure_optimizers returns no optimizer: masks are kept through the steps of optimizers Lightning knows; "
                 "return them (also with manual optimization), or attach a MaskManager to yours"
             )
-        self.masks.detach()
-        # A clipped norm must not count the gradients of pruned entries; with manual optimization nobody knows who clips.
-        clips = trainer.gradient_clip_val is not None or not pl_module.automatic_optimization
-        self.masks.attach(*trainer.optimizers, mask_gradients=True if clips else None)
-        for copy in averaged_copies(trainer):
-            self.masks.follow(copy)
-        self.masks.enforce()
+        self.attach(trainer)
         if resumed is not None:
             self.resume.load_state_dict(resumed["resume"])
         self.resume.on_train_start(trainer)
@@ -229,6 +206,16 @@ class SparsityCallback(Callback):
         if resumed is not None and resumed["validation_due"]:
             # The checkpoint was written between a batch and its validation, which Lightning would take for done.
             self.resume.validate(trainer)
+
+    def attach(self, trainer: Trainer) -> None:
+        """Keep the masks through the steps of the trainer's optimizers, and in averaged copies of the weights."""
+        self.masks.detach()
+        # A clipped norm must not count the gradients of pruned entries; with manual optimization nobody knows who clips.
+        clips = trainer.gradient_clip_val is not None or not trainer.lightning_module.automatic_optimization
+        self.masks.attach(*trainer.optimizers, mask_gradients=True if clips else None)
+        for copy in averaged_copies(trainer):
+            self.masks.follow(copy)
+        self.masks.enforce()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the first batch of a resumed run from the streams saved."""
@@ -274,11 +261,15 @@ class SparsityCallback(Callback):
         if missing:
             warnings.warn(f"{type(self).__name__}: {missing}", stacklevel=2)
 
+    def sparsity_now(self) -> float:
+        """The share of the targets' weights that is gone."""
+        return self.masks.sparsity()
+
     def log_sparsity(self, trainer: Trainer) -> None:
         """Give every logger ``sparsity/global`` and ``sparsity/<tensor>``."""
         counts = self.masks.counts()
-        total = sum(dead for dead, _ in counts.values()) / sum(numel for _, numel in counts.values())
-        series = {"sparsity/global": total} | {f"sparsity/{name}": dead / numel for name, (dead, numel) in counts.items()}
+        series = {f"sparsity/{name}": dead / numel for name, (dead, numel) in counts.items()}
+        series = {"sparsity/global": self.sparsity_now()} | series
         for logger in trainer.loggers:
             logger.log_metrics(series, step=current_step(trainer))
 

@@ -42,7 +42,7 @@ class EpochLines(Callback):
         parts += [f"{name} {float(v):.4f}" for name, v in trainer.callback_metrics.items() if name.startswith("val/")]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SparsityCallback) and callback.manager is not None:
-                parts.append(f"sparsity {callback.manager.sparsity():.4f}")
+                parts.append(f"sparsity {callback.sparsity_now():.4f}")
         total, done = trainer.estimated_stepping_batches, trainer.global_step - self._first_step
         if 0 < total < float("inf") and done:
             left = (now - self._began) / done * (total - trainer.global_step)

@@ -1,4 +1,4 @@
-"""Recovery: a round of pruning ends as soon as the validation metric is back."""
+"""A validation metric that pruning heeds: a round ends as soon as it is back, and nothing shrinks while it is too bad."""
 
 from __future__ import annotations
 
@@ -32,12 +32,42 @@ class Recovery:
 
     def value(self, metrics: Mapping[str, Any]) -> float:
         """The monitored value, turned so that more is better; raises `RecipeError` if it is not logged."""
-        if self.monitor not in metrics:
-            known = [str(name) for name in metrics]
-            raise RecipeError(
-                f"recovery.monitor {self.monitor!r} is not logged; logged are {', '.join(known)}.{nearest(self.monitor, known)}"
-            )
-        return (1 if self.mode == "max" else -1) * float(metrics[self.monitor])
+        return _value("recovery", self.monitor, self.mode, metrics)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """While ``monitor`` is worse than its best by more than ``margin`` (in its own units), nothing shrinks.
+
+    ``mode`` "max" or "min" says which way is better. Raises `RecipeError` for another, or a margin below 0.
+
+    Example: ``Guard("val/accuracy", 0.01)``.
+    """
+
+    monitor: str
+    margin: float
+    mode: Literal["max", "min"] = "max"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.margin < math.inf or self.mode not in ("max", "min"):
+            raise RecipeError(f"guard margin={self.margin} mode={self.mode!r}: a margin of at least 0, and mode 'max' or 'min'")
+
+    def value(self, metrics: Mapping[str, Any]) -> float:
+        """The monitored value, turned so that more is better; raises `RecipeError` if it is not logged."""
+        return _value("guard", self.monitor, self.mode, metrics)
+
+    def trips(self, value: float, best: float) -> bool:
+        """Whether a value is too far below the best. Example: ``Guard("val/accuracy", 0.01).trips(0.97, 0.99)`` is True."""
+        return best - value > self.margin
+
+
+def _value(whose: str, monitor: str, mode: str, metrics: Mapping[str, Any]) -> float:
+    if monitor not in metrics:
+        known = [str(name) for name in metrics]
+        raise RecipeError(
+            f"{whose}.monitor {monitor!r} is not logged; logged are {', '.join(known) or 'none'}.{nearest(monitor, known)}"
+        )
+    return (1 if mode == "max" else -1) * float(metrics[monitor])
 
 
 @dataclass

@@ -156,7 +156,10 @@ class PretrainedTokenizer(Tokenizer):
                 "Without it there is 'bytes'"
             ) from error
         try:
-            self.inner: Any = AutoTokenizer.from_pretrained(find_model(name))
+            place = find_model(name)
+            if _is_path(place) and not Path(place).exists():
+                raise DataError("there is no such folder; if a run is to leave it there, do that run first")
+            self.inner: Any = AutoTokenizer.from_pretrained(place)
         except Exception as error:  # whatever a broken file makes the package raise
             first = str(error).strip().splitlines()[:1]
             raise DataError(f"tokenizer {name!r} cannot be read ({' '.join(first)}); known are {_KINDS}") from error
@@ -198,6 +201,11 @@ def find_model(name: str) -> str:
     shared = os.environ.get(FOLDER_VARIABLE)
     place = Path(shared, "models", name) if shared else None
     return name if place is None or not place.exists() else str(place)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can be no name on the hub, which has one slash at most: ``owner/name``."""
+    return name.count("/") > 1 or name.startswith(("/", ".", "~")) or "\\" in name
 
 
 def known_size(name: str) -> int | None:

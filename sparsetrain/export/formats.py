@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,18 @@ from torch import Tensor, nn
 from sparsetrain.errors import ExportError, RecipeError, nearest
 from sparsetrain.export.inference import Choice, InferenceModel, LayerFormat
 from sparsetrain.export.layers import FastLayer, block_of, kind_of, matrix_of, stored_share
-from sparsetrain.export.places import Place, convert, probe, put, require_equal, survey, tensors_of, twin
+from sparsetrain.export.places import (
+    Place,
+    convert,
+    device_of,
+    probe,
+    put,
+    require_equal,
+    require_plain,
+    survey,
+    tensors_of,
+    twin,
+)
 from sparsetrain.export.speed import Sample, Speed, compare, measure_speed, race, run_on, thread_count
 
 FORMATS = ("dense", "compact", "csr", "bsr:8x8", "bsr:16x16", "bsr:32x32")
@@ -54,10 +66,11 @@ def for_inference(
         tolerance: ``max |y - y_dense| / max |y_dense|`` allowed, of each layer (else the format is not taken) and of the whole
             model (else `ExportError`); at least 8 roundings of the layer's type.
 
-    Raises `RecipeError` for an unknown format or batch size, `ExportError` for a model that differs.
+    Raises `RecipeError` for an unknown format or batch size, `ExportError` for a parametrized model or one that differs.
     Example: ``fast = for_inference(model, torch.randn(1, 784)); print(fast.choice); fast(x)``.
     """
     sizes = _check(batch_sizes, formats, tolerance)
+    require_plain(model)
     model = copy.deepcopy(model).eval().requires_grad_(False)
     places, left = survey(model)
     images, dense_output = _run_dense(model, places, sample)
@@ -82,15 +95,17 @@ def for_inference(
         whole, difference = _whole(dense, model, sample, dense_output, tolerance, bool(layers))
     if whole is not None and whole.high < 1:
         model, rows, difference = dense, [_back_to_dense(row) for row in rows], 0.0
-    first = next(iter(model.state_dict().values()), torch.empty(0))
-    choice = Choice(rows, left, sizes, count, first.device.type, tolerance, whole, difference)
+    choice = Choice(rows, left, sizes, count, device_of(model), tolerance, whole, difference)
     return InferenceModel(model, choice)
 
 
 def _check(batch_sizes: Sequence[int], formats: Sequence[str], tolerance: float) -> tuple[int, ...]:
-    sizes = tuple(dict.fromkeys(batch_sizes))
-    if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise RecipeError(f"batch_sizes={tuple(batch_sizes)}: give numbers of vectors, 1 or more, such as (1, 64)")
+    try:
+        sizes = tuple(dict.fromkeys(map(operator.index, batch_sizes)))
+    except TypeError:  # no sequence, or not of whole numbers
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise RecipeError(f"batch_sizes={batch_sizes!r}: give numbers of vectors, 1 or more, such as (1, 64)")
     if isinstance(formats, str):
         raise RecipeError(f"formats={formats!r} is one text; give a tuple, such as ({formats!r},)")
     for form in formats:

@@ -1,7 +1,7 @@
 """A model for inference: its layers in the formats that were measured to be fastest, what was measured, and both at rest.
 
-On disk it is a folder with two files: ``model.safetensors``, the dense weights under their plain names, which any program
-loads, and ``formats.json``, the choice and the table. Loading needs no measuring, but verifies each layer again.
+On disk it is a folder with two files: ``model.safetensors``, the dense weights under all of their plain names, which any
+program loads, and ``formats.json``, the choice and the table. Loading needs no measuring, but verifies each layer again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from sparsetrain.errors import ExportError, MaskStateError
 from sparsetrain.export.layers import kind_of, matrix_of
-from sparsetrain.export.places import Place, convert, put
+from sparsetrain.export.places import Place, convert, device_of, put, require_plain
 from sparsetrain.export.speed import Speed
+from sparsetrain.writing import whole_folder
 
 _WEIGHTS, _CHOICE, _VERSION = "model.safetensors", "formats.json", 1
 
@@ -135,33 +136,32 @@ class InferenceModel(nn.Module):
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``model.safetensors`` (dense, plain names; tied tensors once) and ``formats.json`` into a folder; returns it.
+        """Write ``model.safetensors`` (dense; tied tensors under each name) and ``formats.json`` into a folder; returns it.
 
+        Raises `ExportError` for a state that is no tensor, or where the disk refuses; the folder is as it was then.
         Example: ``InferenceModel.load(fast.save("exported"), Net())``.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        first: dict[tuple[Any, ...], str] = {}
-        tied: dict[str, str] = {}
-        weights: dict[str, Tensor] = {}
-        for name, tensor in self.state_dict().items():
-            key = (tensor.data_ptr() or name, tuple(tensor.shape), tensor.stride())
-            if key in first:
-                tied[name] = first[key]
-            else:
-                first[key] = name
-                weights[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        save_file(weights, folder / _WEIGHTS, {"format": "pt"})
-        record = {"version": _VERSION, "torch": torch.__version__, "tied": tied, "choice": asdict(self.choice)}
-        (folder / _CHOICE).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        return folder
+        state = self.state_dict()
+        for name, value in state.items():
+            if not isinstance(value, Tensor):
+                raise ExportError(
+                    f"{name} is a {type(value).__name__}, and safetensors files hold only tensors: let get_extra_state return "
+                    "one, or keep it elsewhere"
+                )
+        # A copy of each: safetensors refuses tensors that share memory.
+        weights = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in state.items()}
+        record = {"version": _VERSION, "torch": torch.__version__, "choice": asdict(self.choice)}
+        with whole_folder(Path(folder), "the model", ExportError) as partial:
+            save_file(weights, partial / _WEIGHTS, {"format": "pt"})
+            (partial / _CHOICE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        return Path(folder)
 
     @classmethod
     def load(cls, folder: str | Path, model: nn.Module) -> InferenceModel:
         """Read what `save` wrote into a copy of ``model`` (the architecture, with any weights), without measuring again.
 
         Every layer is verified again. Raises `MaskStateError` for what is not there, damaged, of another model, another major
-        version of torch or another kind of device, `ExportError` for a format that does not run here.
+        version of torch, another type or kind of device, `ExportError` for a parametrized model or a format that does not run.
         """
         folder = Path(folder)
         try:
@@ -169,7 +169,6 @@ class InferenceModel(nn.Module):
             weights = load_file(folder / _WEIGHTS)
             choice = _choice(record["choice"])
             version, made_with = record["version"], str(record["torch"])
-            weights |= {name: weights[source] for name, source in record["tied"].items()}
         except Exception as error:
             raise MaskStateError(
                 f"{folder} holds no model for inference that can be read ({type(error).__name__}: {error}); write it with "
@@ -181,12 +180,20 @@ class InferenceModel(nn.Module):
                 f"{folder} was written with torch {made_with} (layout {version}), this is torch {torch.__version__} (layout "
                 f"{_VERSION}): which format is fastest may differ; {again}"
             )
+        require_plain(model)
         model = copy.deepcopy(model).eval()
-        device = next(iter(model.state_dict().values())).device.type
+        device = device_of(model)
         if device != choice.device:
             raise MaskStateError(
                 f"{folder} was measured on {choice.device}, this model is on {device}; move it there, or {again}"
             )
+        for name, own in model.state_dict().items():
+            stored = weights.get(name)
+            if stored is not None and isinstance(own, Tensor) and own.dtype != stored.dtype:
+                raise MaskStateError(
+                    f"{folder} holds {name} in {stored.dtype}, this {type(model).__name__} in {own.dtype}: loading would "
+                    f"change its type; call model.to({stored.dtype}) first"
+                )
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:

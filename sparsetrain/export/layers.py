@@ -93,6 +93,7 @@ class FastLayer(nn.Module):
         super().__init__()
         self.kind = kind_of(source)
         self.shape: tuple[int, ...] = tuple(matrix_of(source).shape)
+        self.dtype = source.get_parameter("weight").dtype
         bias = source._parameters.get("bias")
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.eval()
@@ -113,7 +114,10 @@ class FastLayer(nn.Module):
         return self.matrix()[:, :, None, None] if self.kind == "pointwise" else self.matrix()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``W x + b`` for ``(..., in)``, of a 1x1 convolution for ``(N, in, H, W)``. Raises `ExportError` for gradients."""
+        """``W x + b`` for ``(..., in)``, of a 1x1 convolution for ``(N, in, H, W)``.
+
+        Raises `ExportError` for gradients, autocast, or a type in which the format does not run.
+        """
         if x.requires_grad and torch.is_grad_enabled():
             raise ExportError(
                 "this model is for inference only: its sparse layers have no gradients. Run it under torch.no_grad(); train "
@@ -124,7 +128,15 @@ class FastLayer(nn.Module):
                 "sparse layers do not run under autocast: their formats were measured in the type of the weights. Convert the "
                 "model first (model.to(torch.bfloat16)) and make it for inference then"
             )
-        return self.multiply(x)
+        try:
+            return self.multiply(x)
+        except RuntimeError as error:
+            if x.dtype == self.dtype:
+                raise
+            raise ExportError(
+                f"sparse layers made in {self.dtype} do not run in {x.dtype}: their formats were measured in the type of the "
+                f"weights. Convert the model first (model.to({x.dtype})) and make it for inference then"
+            ) from error
 
     def extra_repr(self) -> str:
         """The shape, and how many weights are kept."""

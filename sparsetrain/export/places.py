@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from sparsetrain.errors import ExportError
 from sparsetrain.export.layers import FastLayer, build, kind_of, matrix_of
-from sparsetrain.targets import aliases
+from sparsetrain.targets import REPLACED, aliases
 
 #: Fewer zeros than this cannot make anything 5 % faster.
 LEAST_ZEROS = 0.05
@@ -29,6 +32,25 @@ class Place:
     def name(self) -> str:
         """The first name."""
         return self.names[0]
+
+
+def require_plain(model: nn.Module) -> None:
+    """Raise `ExportError` where a parameter is computed from others: it cannot be copied, or its zeros are not seen.
+
+    Example: ``require_plain(torch.nn.Linear(2, 2))`` raises nothing.
+    """
+    for name, module in model.named_modules():
+        replaced = list(module.parametrizations) if is_parametrized(module) else []
+        # prune and the older weight_norm keep weight_orig, or weight_g and weight_v, and set weight anew before each call.
+        plain = ((key, re.sub(r"_(orig|[gv])$", "", key)) for key in module._parameters)
+        replaced += [short for key, short in plain if short != key and short in vars(module)]
+        if replaced:
+            raise ExportError(f"{f'{name}.{replaced[0]}'.removeprefix('.')} is {REPLACED}")
+
+
+def device_of(model: nn.Module) -> str:
+    """The kind of device a model is on, ``cpu`` without tensors. Example: ``device_of(torch.nn.Linear(2, 2))`` is ``"cpu"``."""
+    return next(chain(model.parameters(), model.buffers()), torch.empty(0)).device.type
 
 
 def survey(model: nn.Module) -> tuple[list[Place], dict[str, str]]:

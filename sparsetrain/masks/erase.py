@@ -44,7 +44,7 @@ class Eraser:
         buffer = self._buffers.get((dtype, mask.device))
         if buffer is None or buffer.numel() < length:
             buffer = self._buffers[dtype, mask.device] = torch.empty(length, dtype=dtype, device=mask.device)
-        for start in range(0, mask.numel(), CHUNK):
+        for start in reversed(range(0, mask.numel(), CHUNK)):  # of a tensor that has become shorter nothing is touched
             part = mask[start : start + CHUNK].view(torch.uint8)
             bits = buffer[: part.numel()].copy_(part)
             for tensor in tensors:

@@ -107,7 +107,7 @@ class MaskManager:
         """Tensor name -> (weights pruned, weights) over all ranks."""
         result = {}
         for tensor in self:
-            parameter = tensor.target.parameter
+            parameter = tensor.fitting()
             dead = 0 if tensor.mask is None else sharding.total([~tensor.mask], parameter)[0]
             result[tensor.name] = (dead, math.prod(parameter.shape))
         return result
@@ -146,6 +146,7 @@ class MaskManager:
                 raise TargetError(
                     f"the layer of {tensor.name} is no longer in the model; make a new MaskManager after replacing it"
                 )
+            tensor.fitting()
 
     def detach(self) -> None:
         """Take every hook off; weights and masks stay as they are."""
@@ -189,7 +190,7 @@ class MaskManager:
             erased = [] if optimizer is None or needs_masked_gradients(optimizer) else per_weight_state(optimizer, parameter)
             if owned is None or id(parameter) in owned:
                 erased.append(sharding.local(parameter))
-            self._erase(erased, tensor.mask)
+            tensor.erase(erased, self._erase)
         for copy in self.followers if optimizer is None else ():
             for name, value in copy.items():
                 if (alive := self.tensors[name].mask) is not None:
@@ -218,7 +219,7 @@ class MaskManager:
     def install(self, name: str, mask: Tensor, sparsity: Sparsity, *, step: int = 0, why: str = "install") -> MaskChange:
         """Check a ready mask (this rank's part) against the tensor's pattern at this sparsity, then make it the mask."""
         tensor = self[name]
-        parameter = tensor.target.parameter
+        parameter = tensor.fitting()
         old = torch.ones_like(mask) if tensor.mask is None else tensor.mask
         sharding.check(tensor.pattern, mask, parameter, tensor.target.layout, sparsity)
         died, grew = old & ~mask, mask & ~old

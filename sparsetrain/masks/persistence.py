@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def saved_mask(tensor: MaskedTensor) -> state.SavedMask:
     """One mask at rest. Under sharding every rank must call it."""
+    tensor.fitting()
     mask = tensor.full_mask()
     shape = tuple(mask.shape)
     return state.SavedMask(shape, str(tensor.pattern), tensor.sparsity, int(mask.sum()), state.pack_bits(mask))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sparsetrain.errors import TargetError
 from sparsetrain.masks import sharding
-from sparsetrain.masks.erase import erase
+from sparsetrain.masks.erase import Eraser, erase
 from sparsetrain.patterns import Pattern, exact
 from sparsetrain.targets import Target
 
@@ -63,6 +64,16 @@ class MaskedTensor:
         """The plain name of the tensor."""
         return self.target.name
 
+    def fitting(self) -> nn.Parameter:
+        """The parameter. Raises `TargetError` where the mask has another shape."""
+        parameter = self.target.parameter
+        if self.mask is not None and self.mask.shape != sharding.local(parameter).shape:
+            raise TargetError(
+                f"{self.name} has shape {tuple(sharding.local(parameter).shape)} and its mask {tuple(self.mask.shape)}: it was "
+                "compacted under this manager; detach() before compact, and make a new manager of the compact model"
+            )
+        return parameter
+
     def go_along(self) -> None:
         """Move the mask to where the weight is: trainers move models after masks were made, and back at the end."""
         if self.mask is not None:
@@ -92,6 +103,14 @@ class MaskedTensor:
                 parameter.requires_grad_(trainable)
         return parameter
 
+    def erase(self, tensors: Sequence[Tensor], eraser: Eraser) -> None:
+        """Erase pruned entries of these tensors, in place. The shape is looked at where that fails: every step comes here."""
+        try:
+            eraser(tensors, self.mask)  # type: ignore[arg-type]
+        except RuntimeError:
+            self.fitting()
+            raise
+
     def unbind(self) -> None:
         """Take the hook off."""
         if self._handle is not None:
@@ -115,11 +134,15 @@ class MaskedTensor:
         if self.mask is None or parameter.grad is None:
             return
         grad = sharding.local(parameter.grad)
-        if grad.is_sparse:
-            grad = grad.coalesce()
-            values = grad.values() * self.mask[grad.indices()[0]]
-            parameter.grad = torch.sparse_coo_tensor(
-                grad.indices(), values, grad.shape, is_coalesced=True, check_invariants=False
-            )
-        else:
-            erase(grad, self.mask)
+        try:
+            if grad.is_sparse:
+                grad = grad.coalesce()
+                values = grad.values() * self.mask[grad.indices()[0]]
+                parameter.grad = torch.sparse_coo_tensor(
+                    grad.indices(), values, grad.shape, is_coalesced=True, check_invariants=False
+                )
+            else:
+                erase(grad, self.mask)
+        except RuntimeError:
+            self.fitting()
+            raise

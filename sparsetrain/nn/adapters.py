@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import cast_adapter_dtype
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,6 +20,7 @@ from sparsetrain.masks import load_masks, save_masks
 from sparsetrain.masks.state import SavedMask, pack_bits
 from sparsetrain.nn.choice import choose_layers, layer_name
 from sparsetrain.nn.lora import ADAPTER, MaskedLoraLinear, plain_weight
+from sparsetrain.writing import whole_folder
 
 _PEFT = "base_model.model."
 
@@ -167,7 +164,7 @@ class Adapters:
         for name, module in self.saved.items():
             tensors |= {f"{_PEFT}{name.removeprefix(prefix)}.{key}": value for key, value in module.state_dict().items()}
         plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        with _written(Path(folder).resolve()) as partial:
+        with whole_folder(Path(folder), "the adapter", RecipeError) as partial:
             config.save_pretrained(str(partial))
             save_file(plain, str(partial / "adapter_model.safetensors"), {"format": "pt"})
             save_masks(partial / "masks.safetensors", masks)
@@ -217,29 +214,6 @@ class Adapters:
         for name, value in found.items():
             own[name].copy_(value)
         return adapters
-
-
-@contextmanager
-def _written(folder: Path) -> Iterator[Path]:
-    """A folder beside another, whose files become that one's when all of them are whole."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for file in partial.iterdir():
-            with file.open("rb+") as opened:
-                os.fsync(opened.fileno())
-        if folder.exists():
-            for file in partial.iterdir():
-                file.replace(folder / file.name)
-        else:
-            partial.rename(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise RecipeError(
-            f"the adapter could not be written to {folder} ({error}); free space or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_mask(model: nn.Module, name: str, mask: Tensor | None) -> None:

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sparsetrain.errors import TargetError
+from sparsetrain.errors import RecipeError, TargetError
+
+#: w_u of each unit: (units,), one for all, or None for `default_weight`.
+Weights = float | Tensor | None
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,29 @@ def default_weight(units: Units) -> float:
     Example: 2.0 for ``Units((Part(torch.ones(5, 4), 0),))``.
     """
     return math.sqrt(units.size)
+
+
+def unit_weights(units: Units, weights: Weights, what: str = "weights") -> float | Tensor:
+    """w_u: one for all, or (units,) beside the units and in float32 at least.
+
+    Raises `RecipeError` for another shape, or a value that is negative or not finite. Example: ``unit_weights(units, None)``.
+    """
+    if isinstance(weights, Tensor):
+        if weights.shape != (units.count,) or not bool(((weights >= 0) & weights.isfinite()).all()):
+            raise RecipeError(
+                f"{what} of shape {tuple(weights.shape)} for {units.count} units: give one number for each, at least "
+                "0 and finite"
+            )
+        return weights.to(units.parts[0].tensor.device, wide(weights.dtype))
+    weight = default_weight(units) if weights is None else weights
+    require_size(what, weight)
+    return weight
+
+
+def require_size(what: str, value: float) -> None:
+    """Raise `RecipeError` for a number below 0 or not finite. Example: ``require_size("threshold", 0.1)``."""
+    if not 0 <= value < math.inf:
+        raise RecipeError(f"{what} {value}: give a number of at least 0, and finite")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

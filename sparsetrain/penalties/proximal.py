@@ -17,16 +17,13 @@ weights in float32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sparsetrain.errors import RecipeError, TargetError
-from sparsetrain.penalties.norms import Units, default_weight, unit_norms, wide
-
-Weights = float | Tensor | None
+from sparsetrain.errors import TargetError
+from sparsetrain.penalties.norms import Units, Weights, require_size, unit_norms, unit_weights, wide
 
 #: Newton steps at most; a handful suffice unless the steps within a unit are many orders of magnitude apart.
 NEWTON_STEPS = 100
@@ -71,7 +68,7 @@ def sparse_group_soft_threshold(units: Units, entries: float, groups: float, wei
 
     Example: ``sparse_group_soft_threshold(units, entries=0.1 * lr, groups=0.9 * lr)``.
     """
-    _require("threshold of entries", entries)
+    require_size("threshold of entries", entries)
     limits = _limits(units, groups, weights)
     if not entries:
         return _none(units) if limits is None else _shrink(units, limits)
@@ -159,6 +156,7 @@ def _shrink(units: Units, limits: float | Tensor) -> Tensor:
     info = torch.finfo(norms.dtype)
     # A unit at or below its limit gets (l - l) / l, exactly 0. The bounds keep 0 / 0 and inf / inf out.
     if isinstance(limits, Tensor):
+        limits = limits.to(norms.dtype).clamp(max=info.max)
         bounded = norms.maximum(limits).clamp_(info.tiny, info.max)
     else:
         limits = min(limits, info.max)
@@ -200,19 +198,11 @@ def _root_ratio(x: Tensor, a: Tensor) -> Tensor:
 
 def _limits(units: Units, threshold: float, weights: Weights) -> float | Tensor | None:
     """Threshold times weight: one for all, or one a unit; None if all is zero."""
-    _require("threshold", threshold)
-    if isinstance(weights, Tensor):
-        if weights.shape != (units.count,) or not bool(((weights >= 0) & weights.isfinite()).all()):
-            raise RecipeError(f"weights of shape {tuple(weights.shape)} for {units.count} units: one for each, at least 0")
-        return (weights * threshold).to(units.parts[0].tensor.device) if threshold else None
-    weight = default_weight(units) if weights is None else weights
-    _require("weight of a unit", weight)
+    require_size("threshold", threshold)
+    weight = unit_weights(units, weights)
+    if isinstance(weight, Tensor):
+        return weight * threshold if threshold else None
     return threshold * weight or None
-
-
-def _require(what: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise RecipeError(f"{what} {value}: it is a number of at least 0, and finite")
 
 
 def _none(units: Units) -> Tensor:

@@ -12,25 +12,28 @@ import torch
 from torch import Tensor
 
 from sparsetrain.errors import RecipeError, TargetError
-from sparsetrain.penalties.norms import Part, Units, default_weight, unit_norms, wide
+from sparsetrain.penalties.norms import Part, Units, Weights, require_size, unit_norms, unit_weights, wide
 
 
-def group_lasso(units: Units, weights: float | Tensor | None = None) -> Tensor:
+def group_lasso(units: Units, weights: Weights = None) -> Tensor:
     """``sum_u w_u ||W_u||_2`` (Yuan & Lin 2006, eq. 2.1), a scalar. The gradient of a unit of zeros is zero.
 
-    ``weights``: (units,) or one for all; None: the square root of the number of entries in a unit.
+    ``weights``: w_u, at least 0: (units,) or one for all; None: the square root of the number of entries in a unit.
 
+    Raises `RecipeError` for weights of another shape, negative or not finite.
     Example: ``loss + 1e-3 * group_lasso(Units((Part(linear.weight, 0),)))``.
     """
-    weight = default_weight(units) if weights is None else weights
-    return (unit_norms(units) * weight).sum()
+    return (unit_norms(units) * unit_weights(units, weights)).sum()
 
 
-def sparse_group_lasso(units: Units, entries: float, groups: float, weights: float | Tensor | None = None) -> Tensor:
+def sparse_group_lasso(units: Units, entries: float, groups: float, weights: Weights = None) -> Tensor:
     """``entries * sum |w| + groups * sum_u w_u ||W_u||_2`` over what the units own (Simon et al. 2013), a scalar.
 
+    ``entries``, ``groups``: strengths, at least 0; ``weights`` and what raises as for `group_lasso`.
     Example: ``loss + sparse_group_lasso(units, entries=1e-4, groups=9e-4)``.
     """
+    require_size("strength of entries", entries)
+    require_size("strength of groups", groups)
     total = groups * group_lasso(units, weights)
     for part in units.parts:
         tensor = part.slices()
@@ -46,10 +49,13 @@ def ssl(weight: Tensor, filters: float, channels: float) -> Tensor:
     ``weight``: (outputs, inputs, ...), of a convolution or a linear layer; the sum over layers is the caller's. Norms are not
     weighted by size, as in the paper.
 
-    Raises `TargetError` for a weight with fewer than two dimensions. Example: ``ssl(conv.weight, 1e-4, 1e-4)``.
+    Raises `TargetError` for a weight with fewer than two dimensions, `RecipeError` for a strength that is negative or not
+    finite. Example: ``ssl(conv.weight, 1e-4, 1e-4)``.
     """
     if weight.ndim < 2:
         raise TargetError(f"a tensor of shape {tuple(weight.shape)} has no filters and channels; give a layer's weight")
+    require_size("strength of filters", filters)
+    require_size("strength of channels", channels)
     rows, columns = (group_lasso(Units((Part(weight, dim),)), 1.0) for dim in (0, 1))
     return filters * rows + channels * columns
 
@@ -95,6 +101,7 @@ def growing_strengths(chosen: Tensor, step: int, delta: float, every: int, ceili
 def growing_l2(units: Units, strengths: Tensor) -> Tensor:
     """``1/2 sum_u l_u ||W_u||_2^2``, a scalar; its gradient is ``l_u W_u`` (Wang et al. 2021, arXiv 2012.09243).
 
-    ``strengths``: l_u (units,), from `growing_strengths`. Example: ``loss + growing_l2(units, strengths)``.
+    ``strengths``: l_u (units,), at least 0, from `growing_strengths`; `RecipeError` for others.
+    Example: ``loss + growing_l2(units, strengths)``.
     """
-    return 0.5 * (strengths * unit_norms(units).square()).sum()
+    return 0.5 * (unit_weights(units, strengths, "strengths") * unit_norms(units).square()).sum()

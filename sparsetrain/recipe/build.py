@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +14,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import nn
 
-from sparsetrain.callbacks import SparsityCallback
+from sparsetrain.callbacks import SparsityCallback, StructuredCallback
 from sparsetrain.checkpoints import matching, read_weights, require_merged, unwrapped
 from sparsetrain.depth import remove_again
 from sparsetrain.errors import MaskStateError, RecipeError, SparsetrainError, nearest
 from sparsetrain.masks.verification import adopt_zeros
 from sparsetrain.recipe.schema import recipe_parser
+from sparsetrain.structure import Compacted, compact_again
 
 
 @dataclass
@@ -30,6 +31,8 @@ class Built:
     data: LightningDataModule | None
     method: SparsityCallback | None
     callbacks: list[Callback] = field(default_factory=list)
+    #: What had been taken out of the model before: see `taken_out`.
+    lineage: list[dict[str, Any]] = field(default_factory=list)
 
 
 @contextmanager
@@ -50,16 +53,22 @@ def as_recipe_error(what: str) -> Iterator[None]:
         raise RecipeError(f"{what} could not be built: {kind}{' '.join(str(cause).split())}") from error
 
 
-def build(config: Namespace, *, load: bool = True) -> Built:
+def build(config: Namespace, *, load: bool = True, resume: Path | None = None) -> Built:
     """Instantiate a recipe's objects. The method is bound to the model at once, so that what cannot work fails here.
 
     Weights of ``init_from`` are loaded with their masks (or their zeros as masks), unless ``load`` is off because a
-    checkpoint will follow. Raises `RecipeError` and its kin.
+    checkpoint will follow: that of ``resume``, whose shapes the model gets. Raises `RecipeError` and its kin.
     """
     model, data = instantiate(config, "model"), instantiate(config, "data")
     method, callbacks = instantiate(config, "method"), instantiate(config, "callbacks")
-    if config.init_from is not None and load:
-        shorten(Path(config.init_from), model)
+    lineage: list[dict[str, Any]] = []
+    if resume is not None and not load:
+        lineage = [taken for state in _states(read_weights(resume)) for taken in state.get("lineage", [])]
+    elif config.init_from is not None and load:
+        lineage = taken_out(Path(config.init_from))
+    shorten(model, lineage)
+    if isinstance(method, StructuredCallback):
+        method.look(data)
     if method is not None:
         rivals = [type(c).__name__ for c in callbacks or [] if isinstance(c, SparsityCallback)]
         if rivals:
@@ -68,9 +77,11 @@ def build(config: Namespace, *, load: bool = True) -> Built:
                 "the other; keep one of them (overrides give single tensors another pattern or sparsity)"
             )
         method.use(model)
+    if isinstance(method, StructuredCallback) and resume is not None and not load:
+        method.catch_up([taken for state in _states(read_weights(resume)) for taken in state.get("compacted", [])])
     if config.init_from is not None and load:
         start_from(Path(config.init_from), model, method)
-    return Built(model, data, method, callbacks or [])
+    return Built(model, data, method, callbacks or [], lineage)
 
 
 def instantiate(config: Namespace, key: str) -> Any:
@@ -96,10 +107,7 @@ def _with_vocabulary(config: Namespace) -> Namespace:
 
 def saved_masks(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
     """The mask state that a sparsity callback left in a checkpoint, or None."""
-    for state in (checkpoint.get("callbacks") or {}).values():
-        if isinstance(state, dict) and "masks" in state:
-            return dict(state["masks"])
-    return None
+    return next((dict(state["masks"]) for state in _states(checkpoint) if "masks" in state), None)
 
 
 def check_weights(path: Path, weights: dict[str, Any], model: nn.Module) -> None:
@@ -122,11 +130,36 @@ def check_weights(path: Path, weights: dict[str, Any], model: nn.Module) -> None
         )
 
 
-def shorten(path: Path, model: nn.Module) -> None:
-    """Remove from a model the residual blocks that were removed from the one whose weights these are."""
-    for state in (read_weights(path).get("callbacks") or {}).values():
-        if isinstance(state, dict) and state.get("removed"):
-            remove_again(model, state["removed"])
+class Lineage(Callback):
+    """Keeps in every checkpoint what had been taken out of the model before this run: who builds it anew needs that."""
+
+    def __init__(self, taken: list[dict[str, Any]]) -> None:
+        self.taken = taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """What had been taken out."""
+        return {"lineage": self.taken}
+
+
+def taken_out(path: Path) -> list[dict[str, Any]]:
+    """Residual blocks and units that were taken out of the model whose weights these are, first things first."""
+    states = _states(read_weights(path))
+    before = [taken for state in states for taken in state.get("lineage", [])]
+    return before + [{key: state[key]} for state in states for key in ("compacted", "removed") if state.get(key)]
+
+
+def shorten(model: nn.Module, taken: Iterable[dict[str, Any]]) -> None:
+    """Take out of a model built anew what `taken_out` says. Example: ``shorten(model, taken_out(path))``."""
+    for what in taken:
+        for record in what.get("compacted", []):
+            compact_again(model, Compacted(**record["record"]))
+        if what.get("removed"):
+            remove_again(model, what["removed"])
+
+
+def _states(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    """What callbacks left in a checkpoint."""
+    return [state for state in (checkpoint.get("callbacks") or {}).values() if isinstance(state, dict)]
 
 
 def start_from(path: Path, model: nn.Module, method: SparsityCallback | None) -> None:

@@ -18,7 +18,7 @@ from sparsetrain.callbacks.files import written
 from sparsetrain.checkpoints import read_weights, require_merged
 from sparsetrain.connectivity import Barrier, barrier
 from sparsetrain.errors import RecipeError
-from sparsetrain.recipe.build import check_weights, instantiate, require_lightning, shorten
+from sparsetrain.recipe.build import check_weights, instantiate, require_lightning, shorten, taken_out
 from sparsetrain.recipe.metrics import silent_trainer
 from sparsetrain.recipe.quiet import quiet
 from sparsetrain.recipe.schema import load_recipe
@@ -42,7 +42,7 @@ def between(run_a: Path, run_b: Path, out: Path | None = None, points: int = 11,
     config = load_recipe(run_a / "config.yaml")
     with quiet():
         model, data = require_lightning(instantiate(config, "model")), instantiate(config, "data")
-        shorten(run_a, model)
+        shorten(model, taken_out(run_a))
         states = [read_weights(run)["state_dict"] for run in (run_a, run_b)]
         for run, state in zip((run_a, run_b), states, strict=True):
             require_merged(run, state)

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,12 @@ _Metrics = dict[str, float]
 _Row = list[_Metrics | None]
 
 
-def run_domains(config: Namespace, built: Built, out: Path, text: str) -> dict[str, Any]:
+def run_domains(config: Namespace, built: Built, out: Path, text: str, beside: Mapping[str, str]) -> dict[str, Any]:
     """Go through all domains; returns the keys ``metric``, ``higher_is_better``, ``dense``, ``dense_from``, ``final``, ``best``
-    and ``continual`` of metrics.json.
+    and ``continual`` of metrics.json. ``beside``: runs over the same domains that follow, by directory, and who asks for them.
 
-    Raises before any training `MaskStateError` for a stage of another domain, or one that cannot be read, `DataError` where a
-    domain that is still to be learned has no data, and `RecipeError` where domains are not measured alike.
+    Raises before any training `MaskStateError` for a stage of another domain or that cannot be read, `DataError` where a domain
+    still to be learned has no data, `RecipeError` where one of ``beside`` lacks data, or domains are not measured alike.
     """
     model, sequence, method = require_lightning(built.model), built.data, built.method
     assert isinstance(sequence, DomainSequence)
@@ -55,6 +55,8 @@ def run_domains(config: Namespace, built: Built, out: Path, text: str) -> dict[s
     known = len(_order(read_yaml(config_file))) if config_file.is_file() else 0
     rows = [row[:known] for row in _finished(stages, sequence)]
     gone = _gone(sequence, len(rows))
+    for name, key in beside.items() if gone else ():
+        _require_learned(out / name, sequence, gone, key)
 
     def measure(row: _Row) -> None:
         row += [None if i in gone else _test(config, model, method, sequence, i) for i in columns[len(row) :]]
@@ -189,12 +191,22 @@ def _gone(sequence: DomainSequence, learned: int) -> set[int]:
         try:
             sequence.prepare_data()
             sequence.setup("test")
-        except DataError as error:
+        except (DataError, OSError) as error:  # files of somebody's own data module
             if number >= learned:
-                raise
+                raise error if isinstance(error, DataError) else DataError(f"domain {name!r}: {error}") from error
             found.add(number)
             print(f"{name} is learned, and not measured any more: {error}")
     return found
+
+
+def _require_learned(beside: Path, sequence: DomainSequence, gone: set[int], key: str) -> None:
+    """Raise `RecipeError` where a run beside this one has yet to learn a domain whose data is gone."""
+    learned = len(_finished(_stages(beside, sequence), sequence))
+    if lacks := [sequence.names[number] for number in sorted(gone) if number >= learned]:
+        raise RecipeError(
+            f"{key}: true asks for a run in {beside} over all domains, and it has not learned {', '.join(lacks)}, whose data "
+            f"is gone: set {key} to false"
+        )
 
 
 def _measured_alike(before: list[_Metrics], names: list[str]) -> dict[str, Any]:

@@ -17,35 +17,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsetrain.masks import MaskManager
+from sparsetrain.structure.budget import positions
 
 
-def positions(model: nn.Module, example: Any) -> dict[str, int]:
-    """How often each Linear and convolution weight is used in a forward pass of ``example``, by the layer's name."""
-    used: dict[str, int] = {}
-
-    def count(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            weight = getattr(module, "weight", None)
-            if isinstance(output, Tensor) and isinstance(weight, Tensor):
-                outputs = weight.shape[1 if type(module).__name__ == "Conv1D" else 0]
-                used[name] = used.get(name, 0) + output.numel() // outputs
-
-        return hook
-
-    kinds = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D")
-    handles = [
-        module.register_forward_hook(count(name))
-        for name, module in model.named_modules()
-        if any(kind.__name__ in kinds for kind in type(module).__mro__)
-    ]
-    try:
-        # transformers looks into tensors to find a cheaper mask, which it knows fake ones do not allow.
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-            model(**example) if isinstance(example, dict) else model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return used
+def uses(model: nn.Module, example: Any) -> dict[str, int]:
+    """How often a forward pass of ``example``, on the meta device, uses each weight of Linear layers and convolutions."""
+    # transformers looks into tensors to find a cheaper mask, which it knows fake ones do not allow.
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        return positions(model, lambda: model(**example) if isinstance(example, dict) else model(example))
 
 
 def example_input(model: nn.Module, data: LightningDataModule | None) -> Any:
@@ -75,7 +54,7 @@ def flops(model: nn.Module, manager: MaskManager | None, data: LightningDataModu
             return None
         shadow = model if next(model.parameters()).is_meta else _to_meta(model)
         shadow.eval()
-        used = positions(shadow, example)
+        used = uses(shadow, example)
     except Exception:  # a model may do anything in forward; a count that cannot be had is no reason to fail a run
         return None
     weights = dict(shadow.named_parameters(remove_duplicate=False))
@@ -87,9 +66,9 @@ def flops(model: nn.Module, manager: MaskManager | None, data: LightningDataModu
             alive |= dict.fromkeys((tensor.name, *tensor.target.aliases), 1 - dead / numel)
     dense = sparse = 0.0
     for name, count in used.items():
-        cost = 2.0 * count * math.prod(weights[f"{name}.weight"].shape)
+        cost = 2.0 * count * math.prod(weights[name].shape)
         dense += cost
-        sparse += cost * alive.get(f"{name}.weight", 1.0)
+        sparse += cost * alive.get(name, 1.0)
     return {"dense": dense, "sparse": sparse} if dense else None
 
 

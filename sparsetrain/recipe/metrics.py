@@ -125,7 +125,10 @@ def sparsity(method: SparsityCallback | None, model: nn.Module) -> dict[str, Any
         return {"sparsity": empty, "layers": [], "unclaimed": {}, "verified": True, "problems": [], "changes": []}
     verification = method.masks.verify()
     rows = verification.rows
-    prunable = sum(math.prod(row.shape) for row in rows)
+    # What was taken out of the model is gone as well as what is masked.
+    taken = sum(done.before - done.after for done in getattr(method, "compacted", []))
+    parameters += taken
+    prunable = sum(math.prod(row.shape) for row in rows) + taken
     kept = sum(row.kept for row in rows)
     missing = method.shortfall()
     return {

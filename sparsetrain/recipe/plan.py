@@ -19,19 +19,24 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 
 from sparsetrain.callbacks import SparsityCallback
+from sparsetrain.callbacks.task_order import TaskMethod
+from sparsetrain.data import DomainSequence
 from sparsetrain.errors import PatternError, RecipeError, SparsetrainError
 from sparsetrain.masks import MaskManager
 from sparsetrain.patterns import Sparsity, UnitPattern, exact
 from sparsetrain.recipe.build import as_recipe_error, instantiate
 from sparsetrain.recipe.domains import require_references
-from sparsetrain.recipe.flops import example_input, positions
+from sparsetrain.recipe.flops import example_input, uses
 from sparsetrain.recipe.schema import load_recipe
+from sparsetrain.recipe.train import RANDOM, prunes_random
 from sparsetrain.schedules import Clock, Curve
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One row of a plan; ``prune`` counts weights (an estimate for ragged blocks), None under a global threshold."""
+    """One row of a plan; ``prune`` counts weights (an estimate for ragged blocks). Where ``sparsity`` is None, ``follows`` says
+    from what it does: one threshold for all ("global"), what each task takes ("by task"), the masks it has ("as it is").
+    """
 
     name: str
     tied: tuple[str, ...]
@@ -40,11 +45,16 @@ class PlannedTensor:
     sparsity: float | None
     prune: int | None
     problem: str | None
+    follows: str | None = None
 
 
 @dataclass
 class Plan:
-    """What `plan` found. ``problems`` empty means: this recipe can do what it asks."""
+    """What `plan` found. ``problems`` empty means: this recipe can do what it asks.
+
+    ``pruned`` is of the tensors whose sparsity is known, and ``flops`` has no "sparse" where that of one is not. Over several
+    ``domains`` the clock is that of the first.
+    """
 
     tensors: list[PlannedTensor] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -55,6 +65,7 @@ class Plan:
     checkpoint_bytes: int = 0
     flops: dict[str, float] | None = None
     clock: Clock = field(default_factory=lambda: Clock(None, None))
+    domains: int = 1
     curve: list[tuple[int, float]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -98,6 +109,10 @@ def plan(recipe: Path, overrides: Sequence[str] = ()) -> Plan:
             require_references(config, method, data)
         except RecipeError as error:
             result.problems.append(str(error))
+    if isinstance(data, DomainSequence):
+        result.domains = len(data)
+    if prunes_random(config, model):
+        result.notes.append(RANDOM)
     _fill_curve(result, config, method, data)
     _fill_flops(result, model, data)
     return result
@@ -129,6 +144,7 @@ def _fill_tensors(result: Plan, method: SparsityCallback, manager: MaskManager) 
             problem = str(error)
             result.problems.append(f"{tensor.name}: {problem}")
         free = method.pooled and tensor.goal is None
+        follows = "by task" if isinstance(method, TaskMethod) else "as it is"
         if free and final is not None:
             shared[final] = shared.get(final, 0) + numel
         else:
@@ -145,6 +161,7 @@ def _fill_tensors(result: Plan, method: SparsityCallback, manager: MaskManager) 
                 None if free or final is None else float(final),
                 None if free else count,
                 problem,
+                "global" if free else follows if final is None else None,
             )
         )
     # A pooled budget is rounded down once.
@@ -224,7 +241,7 @@ def _fill_flops(result: Plan, model: nn.Module, data: LightningDataModule | None
         warnings.simplefilter("ignore")
         try:
             example = example_input(model, data)
-            used = {} if example is None else positions(model.eval(), example)
+            used = {} if example is None else uses(model.eval(), example)
         except Exception as error:  # a model may do anything in forward; the rest of the plan stands without
             result.notes.append(f"FLOPs not counted: the model does not run on the meta device ({type(error).__name__})")
             return
@@ -237,10 +254,12 @@ def _fill_flops(result: Plan, model: nn.Module, data: LightningDataModule | None
     planned = {n for t in result.tensors for n in (t.name, *t.tied)}
     dense = sparse = 0.0
     for name, count in used.items():
-        weight = f"{name}.weight"
-        cost = 2.0 * count * weights[weight]
+        cost = 2.0 * count * weights[name]
         dense += cost
-        sparse += cost * (kept.get(weight, share) if weight in planned else 1.0)
+        sparse += cost * (kept.get(name, share) if name in planned else 1.0)
+    if any(t.follows in ("by task", "as it is") for t in result.tensors):
+        result.flops = {"dense": dense}
+        return
     result.flops = {"dense": dense, "sparse": sparse}
     if len(kept) < len(planned):
         result.notes.append("FLOPs after pruning are an estimate: the allocation decides how much each tensor loses")

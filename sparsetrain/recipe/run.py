@@ -17,7 +17,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 
-from sparsetrain.callbacks import DepthPruning
+from sparsetrain.callbacks import DepthPruning, SparsityCallback
 from sparsetrain.callbacks.files import written
 from sparsetrain.continual.matrix import reference_metrics
 from sparsetrain.data import DomainSequence
@@ -30,8 +30,10 @@ from sparsetrain.recipe.flops import flops
 from sparsetrain.recipe.metrics import DENSE_TWIN, evaluate, only_prunes, sparsity
 from sparsetrain.recipe.quiet import quiet
 from sparsetrain.recipe.schema import load_recipe, recipe_parser
-from sparsetrain.recipe.train import fit
+from sparsetrain.recipe.train import RANDOM, fit, prunes_random
 
+#: What continual pruning is compared with: modes of its memory, and directories.
+_REFERENCES = ("fresh", "joint")
 _PACKAGES = ("sparsetrain", "torch", "lightning", "jsonargparse")
 
 
@@ -63,36 +65,55 @@ def run(
     require_references(config, built.method, built.data)
     record = _record(recipe, overrides, config, command)
     step = 0 if resume is None else _going_on(resume, ckpt_path, out, text, built)
-    found: dict[str, Any] = {}
+    if resume is None and prunes_random(config, model) and _speaks():
+        print(RANDOM)
+    beside, found = _beside(config), {}
     with quiet():
         try:
             if several:
-                found = run_domains(config, built, out, text)
+                found = run_domains(config, built, out, text, beside)
             else:
                 fit(config, built, out, text, resume, step)
         except DivergedError as error:
             seconds = {"total": round(time.monotonic() - began, 2)}
             raise _diverged(out, record | {"seconds": seconds}, error) from error
         fitted = time.monotonic()
-        # Without training the model as it came is its own twin.
-        trains = config.method is not None and not only_prunes(config)
-        twin = dense_twin(recipe, overrides, out) if config.dense_twin and trains else None
+        twin = dense_twin(recipe, overrides, out) if "dense" in beside else None
         if several:
             found |= {} if twin is None else {"dense": twin["final"], "dense_from": DENSE_TWIN}
-            found["continual"] |= _references(config, recipe, overrides, out, found)
         else:
             found = evaluate(config, model, built.data, built.method, out / "checkpoints" / "dense.ckpt", twin)
         metrics = record | found
         metrics |= sparsity(built.method, model)
         metrics |= _facts(config, built, model)
         metrics["seconds"] = {"total": round(time.monotonic() - began, 2), "fit": round(fitted - began, 2)}
-    masks = None if built.method is None else built.method.masks.saved()
-    if _speaks():
-        if masks is not None:
-            with written(out / "masks.safetensors") as partial:
-                save_masks(partial, masks)
-        write_metrics(out, metrics)
+        if several and config.references:
+            if (out / "metrics.json").is_file():
+                # It is older than the checkpoint, and would stay so if a reference broke off.
+                _leave(out, built.method, metrics)
+            metrics["continual"] |= _references(config, recipe, overrides, out, metrics)
+            metrics["seconds"]["total"] = round(time.monotonic() - began, 2)
+    _leave(out, built.method, metrics)
     return metrics
+
+
+def _beside(config: Namespace) -> dict[str, str]:
+    """The runs that follow this one, by directory, and the key that asks for each."""
+    found = dict.fromkeys(_REFERENCES, "references") if config.references else {}
+    # Without training the model as it came is its own twin.
+    trains = config.method is not None and not only_prunes(config)
+    return found | ({"dense": "dense_twin"} if config.dense_twin and trains else {})
+
+
+def _leave(out: Path, method: SparsityCallback | None, metrics: dict[str, Any]) -> None:
+    """Write masks.safetensors, metrics.json and the report."""
+    masks = None if method is None else method.masks.saved()
+    if not _speaks():
+        return
+    if masks is not None:
+        with written(out / "masks.safetensors") as partial:
+            save_masks(partial, masks)
+    write_metrics(out, metrics)
 
 
 def _built(config: Namespace, resume: Path | None) -> Built:
@@ -100,7 +121,7 @@ def _built(config: Namespace, resume: Path | None) -> Built:
     # Stages of a sequence are gone on from one by one, and domains that came later measured on the model as it was.
     load = resume is None or isinstance(instantiate(config, "data"), DomainSequence)
     seed_everything(config.seed, workers=True, verbose=False)
-    return build(config, load=load)
+    return build(config, load=load, resume=resume)
 
 
 def _record(recipe: Path, overrides: Sequence[str], config: Namespace, command: str) -> dict[str, Any]:
@@ -131,10 +152,8 @@ def _references(
     config: Namespace, recipe: Path, overrides: Sequence[str], out: Path, found: dict[str, Any]
 ) -> dict[str, float]:
     """How far continual pruning is from every domain pruned for itself, and from all of them at once."""
-    if not config.references:
-        return {}
     runs = {}
-    for mode in ("fresh", "joint"):
+    for mode in _REFERENCES:
         print(f"reference: the same recipe with memory.mode {mode}")
         where = out / mode
         asked = [*overrides, "--method.memory.mode", mode, "--references", "false", "--dense_twin", "false"]

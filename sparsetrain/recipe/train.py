@@ -14,16 +14,27 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from torch import nn
 
 from sparsetrain.callbacks import OneShotPruning, SparsityCallback
 from sparsetrain.callbacks.checkpoints import AtomicCheckpoints, StopOnDivergence
 from sparsetrain.callbacks.progress import EpochLines
 from sparsetrain.errors import RecipeError
-from sparsetrain.recipe.build import Built, as_recipe_error, require_lightning
+from sparsetrain.recipe.build import Built, Lineage, as_recipe_error, require_lightning
 from sparsetrain.recipe.directory import WriteConfig
 from sparsetrain.recipe.history import History
 from sparsetrain.recipe.metrics import ALONE, only_prunes
 from sparsetrain.schedules import Clock
+
+#: What a run and its plan say where `prunes_random`.
+RANDOM = "pruned are the random weights the model starts with, unless it loads its own; give init_from"
+
+
+def prunes_random(config: Namespace, model: nn.Module) -> bool:
+    """Whether a recipe only prunes, and nothing says that the weights it begins with were trained."""
+    # A task with transformers' weights has them from ``model``.
+    trained = config.init_from or getattr(model, "pretrained", False) or config.get("model.init_args.model")
+    return only_prunes(config) and not trained
 
 
 def fit(config: Namespace, built: Built, out: Path, text: str, resume: Path | None, step: int) -> None:
@@ -100,6 +111,7 @@ def make_trainer(config: Namespace, built: Built, out: Path, history: History, t
     callbacks: list[Callback] = [
         *([] if built.method is None else [built.method]),
         *built.callbacks,
+        *([Lineage(built.lineage)] if built.lineage else []),
         StopOnDivergence(),
         WriteConfig(out, text),
         last,

@@ -58,7 +58,7 @@ def _tensor_table(rows: list[Mapping[str, Any]]) -> Table:
             if row["problem"]
             else Text("tied: " + ", ".join(row["tied"]) if row["tied"] else "")
         )
-        sparsity = "global" if row["sparsity"] is None else percent(row["sparsity"])
+        sparsity = row["follows"] or "" if row["sparsity"] is None else percent(row["sparsity"])
         pruned = "" if row["prune"] is None else f"{row['prune']:,}"
         table.add_row(row["name"], shape_text(list(row["shape"])), row["pattern"], sparsity, pruned, remark)
     if len(rows) > MOST_ROWS:
@@ -91,7 +91,9 @@ def _costs(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [("parameters", f"{plan['parameters']:,}")]
     if plan["prunable"]:
         kept = plan["prunable"] - plan["pruned"]
-        rows.append(("prunable weights", f"{plan['prunable']:,}, kept {kept:,} ({plan['prunable'] / max(kept, 1):.2f}x fewer)"))
+        known = all(row["follows"] in (None, "global") for row in plan["tensors"])
+        told = f", kept {kept:,} ({plan['prunable'] / max(kept, 1):.2f}x fewer)" if known else ""
+        rows.append(("prunable weights", f"{plan['prunable']:,}{told}"))
         rows.append(
             (
                 "mask memory",
@@ -99,11 +101,13 @@ def _costs(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
         )
     if plan["flops"]:
-        dense, sparse = plan["flops"]["dense"], plan["flops"]["sparse"]
-        rows.append(("FLOPs a sample (on paper)", f"{dense:,.0f} dense, {sparse:,.0f} without pruned weights"))
+        dense, sparse = plan["flops"]["dense"], plan["flops"].get("sparse")
+        told = "" if sparse is None else f", {sparse:,.0f} without pruned weights"
+        rows.append(("FLOPs a sample (on paper)", f"{dense:,.0f} dense{told}"))
     clock = plan["clock"]
     if clock["total_steps"]:
-        rows.append(("optimizer steps", f"{clock['total_steps']:,} ({clock['steps_per_epoch'] or '?'} an epoch)"))
+        of = f" a domain, in the first of {plan['domains']}" if plan["domains"] > 1 else ""
+        rows.append(("optimizer steps", f"{clock['total_steps']:,}{of} ({clock['steps_per_epoch'] or '?'} an epoch)"))
     return rows
 
 

@@ -202,7 +202,7 @@ class Components:
             slots = [
                 Slot(cut.name, cut.dim, torch.tensor([slices[c][cut] for c in components]), cut.buffer) for cut, _ in shape
             ]
-            yield CoupledGroup(name, self._kind(made, read), len(components), tuple(slots), fixed)
+            yield CoupledGroup(name, self._kind(components, made, read), len(components), tuple(slots), fixed)
 
     def _members(self) -> tuple[dict[int, _Parts], dict[int, dict[str, int]], dict[int, dict[str, int]]]:
         """Component -> its slices; and the layers that make it and that read it, with how many features of each."""
@@ -224,11 +224,29 @@ class Components:
         lists = {component: {cut: list(index) for cut, index in parts.items()} for component, parts in slices.items()}
         return lists, sides["out"], sides["in"]
 
-    def _kind(self, made: dict[str, int], read: dict[str, int]) -> Kind:
+    def _kind(self, components: Sequence[int], made: dict[str, int], read: dict[str, int]) -> Kind:
         if not made:
             return "input"
-        order, convolution = self.tracer.order, self.layers[next(iter(made))].axis == 1
+        convolution = self.layers[next(iter(made))].axis == 1
         several = max(read.values(), default=1) > 1
-        if read and min(order[name] for name in read) < max(order[name] for name in made) and (convolution or not several):
+        if (convolution or not several) and self._is_added_to(components, made, read):
             return "residual"
         return "filter" if convolution else "head" if several else "neuron"
+
+    def _is_added_to(self, components: Sequence[int], made: dict[str, int], read: dict[str, int]) -> bool:
+        """Whether a layer adds to the features after another has read them; a gate (squeeze and excitation) scales them."""
+        order, mine, calls = self.tracer.order, torch.tensor(components), self.tracer.recorded.calls
+        first = min((order[name] for name in read), default=len(order))
+        for later in made:
+            if order[later] < first or (order[later] == first and len(calls[later]) > 1):  # it reads what it made itself
+                continue
+            earlier = [name for name in made if order[name] < order[later]]
+            silent = {n: torch.isin(self._labels(n, "out"), mine) for n in earlier}
+            if self.tracer.adds(later, silent):
+                return True
+        return False
+
+    def _labels(self, name: str, side: str) -> Tensor:
+        """The component of each feature that a layer reads or makes."""
+        start, layer = self.first[name, side], self.layers[name]
+        return self.label[start : start + (layer.inputs if side == "in" else layer.outputs)]

@@ -106,8 +106,8 @@ def _cut_memory(optimizer: Optimizer, parameter: nn.Parameter, dims: Mapping[int
         return
     memory: dict[str, Any] = optimizer.state.get(parameter, {})
     for key, value in memory.items():
-        if not isinstance(value, Tensor) or value.numel() == 1:
-            continue
+        if not isinstance(value, Tensor) or not value.ndim or (value.numel() == 1 and value.ndim != parameter.ndim):
+            continue  # one number for the whole parameter; a mean over one column is one of its means all the same
         pairs = list(zip(value.shape, parameter.shape, strict=False))
         if value.ndim != parameter.ndim or not all(mine in (1, its) for mine, its in pairs):
             raise TargetError(
@@ -123,7 +123,8 @@ def _cut_memory(optimizer: Optimizer, parameter: nn.Parameter, dims: Mapping[int
 
 
 def _know_sizes(module: nn.Module, undo: Undo) -> None:
-    weight = module._parameters.get("weight")
+    own, averages = module._parameters.get("weight"), module._buffers.get("running_mean")
+    weight = averages if own is None else own  # norms without weights have averages of the same size
     if weight is None:
         return
     for kind in type(module).__mro__:

@@ -30,7 +30,8 @@ class CoupledGroup:
 
     ``name``: of the first layer that makes its features (of inputs: that reads them), with a number where a layer makes
     several kinds. ``kind``: a ``filter`` is made by a convolution; a ``head`` is several features that one layer reads, a
-    ``neuron`` one; ``residual`` are features that several layers add to one after the other; nobody makes an ``input``.
+    ``neuron`` one; ``residual`` are features that several layers add to one after the other (what a gate makes of them, as in
+    squeeze and excitation, is no addition); nobody makes an ``input``.
     ``fixed``: why no unit of it can go, empty if units can.
     """
 

@@ -62,18 +62,21 @@ class Loose:
 def find_layers(model: nn.Module, leave_out: Collection[str] = ()) -> tuple[list[Layer], list[Loose]]:
     """Every module that has to do with features, outermost where nobody knows what is inside; and the loose parameters.
 
-    ``leave_out``: names of modules that are taken as a whole. Raises `TargetError` for a name that no module has.
+    ``leave_out``: names of modules that are taken as a whole. Raises `TargetError` for a name that no module has, and for
+    one text instead of several.
     Example: the roles of ``nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))`` are ``multiply`` and ``scale``.
     """
     layers: list[Layer] = []
     loose: list[Loose] = []
     inside: list[str] = []
     modules = dict(model.named_modules())
+    if isinstance(leave_out, str):
+        raise TargetError(f"leave_out is {leave_out!r}, one text; give a list of names: leave_out=[{leave_out!r}]")
     for name in leave_out:
         if name not in modules:
             raise TargetError(f"leave_out names {name!r}, and the model has no such module.{nearest(name, modules)}")
     for name, module in modules.items():
-        if any(name.startswith(f"{outer}.") for outer in inside):
+        if any(not outer or name.startswith(f"{outer}.") for outer in inside):
             continue
         layer = Layer(name, module, "opaque") if name in leave_out else _layer(name, module)
         if layer is not None:

@@ -54,7 +54,8 @@ class Recorded:
 def record(model: nn.Module, layers: Sequence[Layer], run: Callable[[Any], Any], sample: Any) -> Recorded:
     """Run the model on a sample, and on two copies of it to see which dimension counts samples.
 
-    Raises `TargetError` where the model stops, or does something else for two samples than for one.
+    Raises `TargetError` where the model stops, makes NaN, or does something else for two samples than for one, or for one
+    the second time.
     """
     found = Recorded(model, list(layers), [], run, sample, {}, [])
     outputs, calls = _once(found, 1, "one sample of the batch it was given (samples are counted along dimension 0)")
@@ -62,6 +63,8 @@ def record(model: nn.Module, layers: Sequence[Layer], run: Callable[[Any], Any],
         raise TargetError(
             "the model returns no tensor of numbers, so that nobody can see what it computes; give a `run` that does"
         )
+    require_numbers(outputs)
+    _require_alike(outputs, _once(found, 1, "the same sample the second time")[0])
     twice, doubled = _once(found, 2, "two copies of the sample (they lie along dimension 0)")
     found.axes = [_axis(a.shape, b.shape, "the model's output") for a, b in zip(outputs, twice, strict=True)]
     if all(axis is None for axis in found.axes):
@@ -84,6 +87,32 @@ def record(model: nn.Module, layers: Sequence[Layer], run: Callable[[Any], Any],
     found.unused = [layer.name for layer in layers if layer.name not in calls]
     found.calls = calls
     return found
+
+
+def require_numbers(outputs: Sequence[Tensor]) -> None:
+    """Raise `TargetError` for NaN, which equals nothing. Example: ``require_numbers([torch.ones(2)])``."""
+    if any(bool(value.isnan().any()) for value in outputs):
+        raise TargetError(
+            "the model makes NaN of the sample, so that nobody can compare what it computes; give a sample, and weights, of "
+            "which it makes numbers"
+        )
+
+
+def _require_alike(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    alike = len(first) == len(second) and all(
+        a.shape == b.shape and not (a.numel() and bool(changed(b, a).any())) for a, b in zip(first, second, strict=True)
+    )
+    if not alike:
+        raise TargetError(
+            "the model makes something else each time it is given the same sample (randomness in forward), so that nobody can "
+            "see what depends on what; give a `run` that does without, e.g. decodes the mean"
+        )
+
+
+def changed(now: Tensor, then: Tensor) -> Tensor:
+    """Where something differs by more than rounding, bool. Example: ``changed(torch.ones(2), torch.zeros(2)).all()``."""
+    least = max(1e-4, 4 * torch.finfo(then.dtype).eps) * (1 + float(then.abs().max()))
+    return (now - then).abs_() > least
 
 
 def _once(what: Recorded, many: int, on: str) -> tuple[list[Tensor], dict[str, list[Call]]]:

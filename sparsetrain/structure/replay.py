@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparsetrain.calibration.data import mapped
 from sparsetrain.errors import SparsetrainError
 from sparsetrain.structure.layers import Layer
-from sparsetrain.structure.recording import Call, Forward, Recorded, depends, given_to, outputs_of, patched
+from sparsetrain.structure.recording import Call, Forward, Recorded, changed, depends, given_to, outputs_of, patched
 
 #: What the model returns is read like a layer of this name.
 OUTPUT = "the model's output"
@@ -49,7 +49,8 @@ class Seen:
 class World:
     """A model in which layers that multiply, and whatever nobody knows, make the same random numbers whatever they are given.
 
-    Parameters beside the layers are random too, norms hand on what they are given, and grouped convolutions have weights of 1.
+    Parameters beside the layers are random too, norms hand on what they are given, and grouped convolutions have weights of 1
+    and no bias.
     So nothing depends on the weights: zeros of a model that is pruned already, or scales that begin at 0, hide nothing. What
     one world does not show (a gate that is closed), its ``mirror`` does, in which all these numbers have the other sign.
 
@@ -57,11 +58,16 @@ class World:
         recorded: the model's run on one sample.
         mirror: all made numbers with the other sign.
         real: what the layers made for the sample instead of random numbers, for models that take no others.
+        silent: layer -> features, bool (features,), that it makes 0.
     """
 
-    def __init__(self, recorded: Recorded, mirror: bool, real: bool = False) -> None:
+    def __init__(
+        self, recorded: Recorded, mirror: bool, real: bool = False, silent: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.recorded = recorded
+        self.silent = silent or {}
         self.sign = -1.0 if mirror else 1.0
+        self.real = real
         self.calls: dict[str, list[Call]] = {name: [] for name in recorded.calls}
         self._noise: dict[tuple[str, int, int], Tensor] = {}
         self._random = torch.Generator().manual_seed(0)
@@ -78,7 +84,7 @@ class World:
                 call = self._next(layer, "nothing")
                 given = [t.clone() for t in given_to(layer, args, kwargs)]
                 if layer.held:
-                    made = mapped(call.made, lambda t: self._told(t, real))
+                    made = mapped(call.made, lambda t: self._told(layer, t))
                 else:
                     made = original(*args, **kwargs) if layer.role == "group" else given[0]
                 self.calls[layer.name].append(Call(call.place, given, made, call.given_axes, call.made_axes))
@@ -94,10 +100,14 @@ class World:
         value = _some(parameter, self._random)
         return self.sign * (value.abs() if value.ndim < 2 else value / value.shape[-1] ** 0.5)
 
-    def _told(self, value: Tensor, real: bool) -> Tensor:
+    def _told(self, layer: Layer, value: Tensor) -> Tensor:
         if not value.is_floating_point():
             return value
-        return self.sign * value if real else self.sign * _some(value, self._random)
+        made = self.sign * value if self.real else self.sign * _some(value, self._random)
+        if layer.name in self.silent:
+            features = self.silent[layer.name].nonzero().flatten().to(made.device)
+            made.index_fill_(features_at(layer, made, layer.outputs), features, 0.0)
+        return made
 
     def probe(self, change: Change, watch: Collection[str] | None = None, last: float = math.inf) -> Seen:
         """What changes with features of a layer, in each copy; only in front of ``watch``, and no further than ``last``."""
@@ -172,9 +182,9 @@ class World:
         self._place = 0
         self._number.clear()
         with ExitStack() as stack:
-            groups = [layer.module.get_parameter("weight") for layer in self.recorded.layers if layer.role == "group"]
-            ones = {weight: torch.ones_like(weight.data) for weight in groups}
-            for parameter, value in (self._beside | ones).items():
+            groups = [layer.module for layer in self.recorded.layers if layer.role == "group"]
+            plain = {p: torch.full_like(p.data, float(p.ndim > 1)) for module in groups for p in module.parameters()}
+            for parameter, value in (self._beside | plain).items():
                 stack.callback(setattr, parameter, "data", parameter.data)
                 parameter.data = value
             stack.enter_context(patched(self.recorded.layers, how))
@@ -223,8 +233,7 @@ class World:
         """Note in front of which features copies of the sample differ from it."""
         axis, features, copies = how
         each = now.unsqueeze(0) if axis is None else _apart(now, axis, copies)
-        least = max(1e-4, 4 * torch.finfo(then.dtype).eps) * (1 + float(then.abs().max()))
-        far = (each - then).abs_() > least
+        far = changed(each, then)
         hit = far.movedim(features + 1, 1).flatten(2).any(2) if far.ndim > 2 else far.reshape(len(far), -1)
         if not bool(hit.any()):
             return

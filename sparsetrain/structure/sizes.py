@@ -91,8 +91,9 @@ def _trials(sizes: Sequence[_Size]) -> Iterator[list[_Size]]:
     """Sets of sizes to try, all modules of one class alike: with what counts heads, and without."""
     likely = sorted({size.sort for size in sizes if size.likely})
     others = sorted({size.sort for size in sizes if not size.likely})
-    more = [some for count in range(len(others) + 1) for some in itertools.combinations(others, count)]
-    sets = [(*first, *some) for first in ([likely, []] if likely else [[]]) for some in more[:_TRIALS]]
+    every = (some for count in range(len(others) + 1) for some in itertools.combinations(others, count))
+    more = list(itertools.islice(every, _TRIALS))  # 20 numbers have a million sets
+    sets = [(*first, *some) for first in ([likely, []] if likely else [[]]) for some in more]
     for kinds in sets:
         yield [size for size in sizes if size.sort in kinds]
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,6 +123,19 @@ class Tracer:
         least = max(1e-4, 4 * torch.finfo(then.dtype).eps) * (1 + float(then.abs().max()))
         return bool(((now - then).abs() > least).movedim(axis, 0)[1:].any())
 
+    def adds(self, name: str, silent: Mapping[str, Tensor]) -> bool:
+        """Whether what a layer makes is seen while other layers make 0 of some features, bool (features,): it is, if it is
+        added to them, and is not, if they are multiplied with it."""
+        layer = self.layers[self.order[name]]
+        for world in self.worlds:
+            try:
+                quiet = World(self.recorded, world.sign < 0, world.real, silent)
+                if quiet.probe(_everything(layer, self._alike(layer))).hits:
+                    return True
+            except Exception:  # code that counts on certain numbers may fail in any way
+                return True
+        return False
+
     # -- passes -----------------------------------------------------------------------------------------------------------
 
     def _alike(self, layer: Layer) -> bool:
@@ -131,10 +144,9 @@ class Tracer:
 
     def _all(self, layer: Layer, count: int) -> list[tuple[int, set[str]]]:
         """In each world what is reached at all, and how far that is; a copy in which nothing changes must not notice."""
-        rows, found = torch.tensor([[True], [False]]).expand(2, count), []
-        alike = self._alike(layer)
+        alike, found = self._alike(layer), []
         for world in self.worlds:
-            seen = world.probe(Change(layer.name, rows[:1] if alike else rows, alike))
+            seen = world.probe(_everything(layer, alike, count))
             for reader, hit in seen.hits.items():
                 if not alike and bool(hit[1].any()):
                     raise TargetError(
@@ -178,6 +190,12 @@ class Tracer:
             for reader, hit in world.probe_parameter(loose.parameter, loose.name, dim, row).items():
                 hits[reader] = hits[reader] | hit if reader in hits else hit
         return hits
+
+
+def _everything(layer: Layer, alike: bool, count: int = 1) -> Change:
+    """All that a layer makes changes in the first of two copies."""
+    rows = torch.tensor([[True], [False]]).expand(2, count)
+    return Change(layer.name, rows[:1] if alike else rows, alike)
 
 
 def _codes(count: int) -> Tensor:

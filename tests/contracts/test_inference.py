@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from sparsetrain.errors import ExportError, MaskStateError
-from sparsetrain.export import InferenceModel, for_inference, formats
+from sparsetrain.export import InferenceModel, for_inference, formats, inference
 from sparsetrain.export.layers import Compact, FastLayer, Sparse
 from sparsetrain.export.speed import Speed
 
@@ -218,12 +220,218 @@ def test_a_saved_choice_that_does_not_fit_is_refused(monkeypatch: Patch, tmp_pat
         InferenceModel.load(tmp_path / "nowhere", Net())
 
 
-def test_tied_weights_are_saved_once(tmp_path: Path) -> None:
-    model = nn.ModuleDict({"in": nn.Embedding(50, 8), "out": nn.Linear(8, 50, bias=False)})
-    model["out"].weight = model["in"].weight
-    folder = for_inference(model).save(tmp_path)
-    assert (folder / "model.safetensors").stat().st_size < 2 * 50 * 8 * 4
-    assert torch.equal(InferenceModel.load(folder, model).state_dict()["out.weight"], model["in"].weight)
+class Tied(nn.Module):
+    """A head that shares its weight with the embedding, as language models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(64, 32), nn.Linear(32, 64, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.words(x))
+
+
+@pytest.mark.parametrize("form", ["dense", "csr"])
+def test_any_program_loads_the_file_of_tied_weights(monkeypatch: Patch, tmp_path: Path, form: str) -> None:
+    costs(monkeypatch, {"csr": (2.0, 2.0)})
+    torch.manual_seed(5)
+    model, x = Tied().eval(), torch.tensor([[3, 9, 60]])
+    with torch.no_grad():
+        model.words.weight.mul_(torch.rand(64, 32) > 0.9)
+    fast = for_inference(model, x, formats=("dense", form))
+    assert [row.format for row in fast.choice.layers] == [form]
+    folder = fast.save(tmp_path)
+    other = Tied().eval()
+    other.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    assert torch.equal(other(x), model(x))
+    loaded = InferenceModel.load(folder, Tied())
+    assert isinstance(loaded.model.head, FastLayer) == (form == "csr")
+    assert torch.equal(loaded(x), fast(x))
+    state = loaded.state_dict()
+    assert torch.equal(state["head.weight"], model.words.weight)
+    assert torch.equal(state["words.weight"], model.words.weight)
+
+
+class Masked(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * (torch.arange(weight.numel()).view_as(weight) % 8 == 0)
+
+
+def pruned(module: nn.Linear) -> None:
+    prune.l1_unstructured(module, "weight", 0.8)
+
+
+def pruned_and_run(module: nn.Linear) -> None:
+    pruned(module)
+    with torch.no_grad():
+        module(torch.ones(1, 64))  # its weight is then a plain tensor, which can be copied
+
+
+@pytest.mark.parametrize(
+    ("replace", "put_back"),
+    [
+        (pruned, lambda module: prune.remove(module, "weight")),
+        (pruned_and_run, lambda module: prune.remove(module, "weight")),
+        (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+        (
+            lambda module: parametrize.register_parametrization(module, "weight", Masked()),
+            lambda module: parametrize.remove_parametrizations(module, "weight"),
+        ),
+    ],
+)
+def test_weights_computed_from_others_are_refused(
+    replace: Callable[[nn.Linear], object], put_back: Callable[[nn.Linear], object], tmp_path: Path
+) -> None:
+    model, folder = net(), for_inference(net(), formats=("dense",)).save(tmp_path)
+    replace(model.second)
+    refused: list[Callable[[], object]] = [
+        lambda: for_inference(model),
+        lambda: for_inference(model.second),
+        lambda: InferenceModel.load(folder, model),
+    ]
+    for action, name in zip(refused, ("second.weight", "weight", "second.weight"), strict=True):
+        with pytest.raises(ExportError, match=f"^{name} is replaced by a parametrization or torch.nn.utils.prune: remove that"):
+            action()
+    put_back(model.second)
+    rows = for_inference(model, formats=("dense",)).choice.layers
+    assert [row.names[0] for row in rows] == ["first", "second"]
+
+
+def test_weights_are_not_rounded_to_the_type_of_another_model(tmp_path: Path) -> None:
+    folder = for_inference(net(), formats=("dense",)).save(tmp_path)
+    with pytest.raises(
+        MaskStateError, match=r"first\.weight in torch\.float32, this Net in torch\.bfloat16.*to\(torch\.float32\) f"
+    ):
+        InferenceModel.load(folder, Net().bfloat16())
+    loaded = InferenceModel.load(folder, Net().bfloat16().to(torch.float32))
+    assert torch.equal(loaded.state_dict()["first.weight"], net().first.weight)
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_a_save_that_breaks_off_leaves_the_folder_as_it_was(monkeypatch: Patch, tmp_path: Path, fails: int) -> None:
+    def files() -> dict[str, bytes]:
+        return {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    first = for_inference(net(), formats=("dense",))
+    folder = first.save(tmp_path / "out")
+    (folder / "notes.txt").write_text("mine")
+    before, found = files(), {path.name for path in folder.iterdir()}
+    other = for_inference(Net(), formats=("dense",))
+
+    def broken(*given: Any, **named: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*[(inference, "save_file", broken), (Path, "write_text", broken)][fails])
+        for name in ("out", "new/deep"):
+            with pytest.raises(ExportError, match=r"the model could not be written to .*no space left.*another folder"):
+                other.save(tmp_path / name)
+    assert files() == before
+    assert {path.name for path in folder.iterdir()} == found  # nothing half-written either
+    with pytest.raises(ExportError, match=r"notes\.txt .*[Dd]irectory.*choose another folder"):
+        other.save(folder / "notes.txt")
+    assert files() == before
+    other.save(folder)
+    assert torch.equal(InferenceModel.load(folder, Net()).state_dict()["first.weight"], other.state_dict()["first.weight"])
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert {path.name for path in folder.iterdir()} == found
+
+
+class Noted(nn.Linear):
+    """A layer with a state of its own."""
+
+    note: Any = None
+
+    def get_extra_state(self) -> Any:
+        return self.note
+
+    def set_extra_state(self, state: Any) -> None:
+        self.note = state
+
+
+def test_models_without_tensors_and_states_that_are_none(tmp_path: Path) -> None:
+    empty = for_inference(nn.ReLU(), torch.tensor([-1.0, 1.0])).save(tmp_path / "empty")
+    assert InferenceModel.load(empty, nn.ReLU())(torch.tensor([-2.0, 3.0])).tolist() == [0, 3]
+    with pytest.raises(MaskStateError, match="weights of another model"):
+        InferenceModel.load(for_inference(nn.Linear(2, 2)).save(tmp_path / "some"), nn.ReLU())
+    model = nn.Sequential(Noted(2, 2))
+    with pytest.raises(ExportError, match=r"0\._extra_state is a NoneType, and safetensors.*only tensors"):
+        for_inference(model).save(tmp_path / "noted")
+    assert not (tmp_path / "noted").exists()
+    model[0].note = torch.tensor([7])
+    loaded = InferenceModel.load(for_inference(model).save(tmp_path / "noted"), nn.Sequential(Noted(2, 2)))
+    assert loaded.model[0].note.tolist() == [7]
+
+
+class Pyramid(nn.Module):
+    """Two equal 1x1 convolutions, the second on images of half the size; one that no image reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.idle = (nn.Conv2d(16, 16, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(nn.functional.avg_pool2d(self.first(x), 2))
+
+
+def test_convolutions_are_measured_on_images_of_their_own_size(monkeypatch: Patch) -> None:
+    costs(monkeypatch, {"compact": (2.0, 2.0)})
+    seen: list[tuple[int, ...]] = []
+    race = formats.race
+
+    def look(ways: list[Callable[..., Any]], **given: Any) -> list[list[float]]:
+        shapes = {tuple(way.__defaults__[1].shape) for way in ways}  # type: ignore[attr-defined]
+        seen.extend(shapes)
+        assert len(shapes) == 1
+        return race(ways, **given)
+
+    monkeypatch.setattr(formats, "race", look)
+    model = Pyramid()
+    with torch.no_grad():
+        for layer in (model.first, model.second, model.idle):
+            layer.weight[4:] = 0
+    why = "without a sample that reaches it the size of its images is unknown"
+    fast = for_inference(model, torch.ones(2, 16, 6, 4), batch_sizes=(1, 5))
+    assert seen == [(1, 16, 6, 4), (5, 16, 6, 4), (1, 16, 3, 2), (5, 16, 3, 2)]
+    assert [row.format for row in fast.choice.layers] == ["compact", "compact"]
+    assert fast.choice.left == {"idle.weight": why}
+    blind = for_inference(model)
+    assert blind.choice.left == {f"{name}.weight": why for name in ("first", "second", "idle")}
+    assert len(seen) == 4
+    assert why in str(blind.choice)
+
+
+def test_a_layer_that_is_wrong_for_one_vector_alone_is_left_out(monkeypatch: Patch) -> None:
+    costs(monkeypatch, {"csr": (9.0, 9.0), "compact": (2.0, 2.0)})
+    multiply = Sparse.multiply
+    monkeypatch.setattr(Sparse, "multiply", lambda self, x: multiply(self, x) * (1.001 if len(x) == 1 else 1))
+    fast = for_inference(net())
+    assert [row.format for row in fast.choice.layers] == ["compact", "compact"]
+    assert "csr differs from the dense output" in fast.choice.layers[0].notes["csr"]
+
+
+@pytest.mark.parametrize(("low", "chosen"), [(0.9, "dense"), (1.0, "csr")])
+def test_a_format_slower_in_a_quarter_of_the_rounds_is_not_taken(monkeypatch: Patch, low: float, chosen: str) -> None:
+    costs(monkeypatch, {"csr": (2.0, 2.0)})
+    monkeypatch.setattr(formats, "measure_speed", lambda *given, **named: Speed(1.2, low, 1.3, 1.2, 1.0, 5))
+    assert [row.format for row in for_inference(net()).choice.layers] == [chosen] * 2
+
+
+@pytest.mark.parametrize(
+    ("zeros", "dead", "tried"),
+    [(1, 3, []), (1, 4, ["compact"]), (31, 0, []), (32, 0, ["csr"])],  # 61 and 60 rows of 64; 33 and 32 weights of 64
+)
+def test_formats_are_tried_only_where_they_may_pay(monkeypatch: Patch, zeros: int, dead: int, tried: list[str]) -> None:
+    measured = costs(monkeypatch, {"compact": (9.0, 9.0), "csr": (9.0, 9.0)})
+    model = nn.Linear(64, 64)
+    with torch.no_grad():
+        model.weight.fill_(1)[(torch.arange(64)[:, None] + torch.arange(64)) % 64 < zeros] = 0
+        model.weight[:dead] = 0
+    [row] = for_inference(model, formats=("dense", "compact", "csr")).choice.layers
+    assert list(row.tried) == tried
+    assert row.format == (tried[0] if tried else "dense")
+    assert sum(line.startswith("race") for line in measured) == (2 if tried else 0)
 
 
 def test_measured_for_real_dead_rows_are_faster() -> None:

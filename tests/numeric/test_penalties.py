@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -445,6 +446,23 @@ def test_values_by_head() -> None:
     assert ssl(weight[..., None, None], 1.0, 0.5).item() == 30.0
     torch.testing.assert_close(group_hoyer_square(rows(weight)), torch.tensor(324 / 194))
     assert growing_l2(rows(weight), torch.tensor([2.0, 7.0, 0.0])).item() == 25.0
+    assert group_lasso(rows(weight), torch.tensor([2, 9, 1])).item() == 23.0
+
+
+def with_equal_steps(units: Units, threshold: float, weights: Tensor) -> Tensor:
+    return metric_group_soft_threshold(units, [torch.ones(())], threshold, weights)
+
+
+@pytest.mark.parametrize("operator", [group_soft_threshold, with_equal_steps])
+def test_a_limit_above_the_largest_number_zeroes_its_unit(operator: Callable[[Units, float, Tensor], Tensor]) -> None:
+    weight = torch.tensor([[3.0, 4.0], [-3.0, 4.0], [3.0, -4.0]])
+    died = operator(rows(weight), 1e30, torch.tensor([1e30, 0.0, 1e-30]))
+    assert died.tolist() == [True, False, False]
+    assert plus_zeros(weight[0])
+    torch.testing.assert_close(weight[1:], torch.tensor([[-3.0, 4.0], [2.4, -3.2]]))
+    large = torch.tensor([[6e4, 8e4]])
+    assert not operator(rows(large), 4e4, torch.tensor([2.0], dtype=torch.float16)).any()  # 80000 is no float16
+    torch.testing.assert_close(large, torch.tensor([[1.2e4, 1.6e4]]))
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e12])
@@ -548,6 +566,14 @@ def test_numbers_that_make_no_penalty_are_refused(bad: float) -> None:
         lambda: group_soft_threshold(rows(weight), 0.1, torch.ones(2)),
         lambda: sparse_group_soft_threshold(rows(weight), bad, 0.1),
         lambda: metric_group_soft_threshold(rows(weight), [weight], bad),
+        lambda: group_lasso(rows(weight), bad),
+        lambda: group_lasso(rows(weight), torch.tensor([1.0, bad, 1.0])),
+        lambda: sparse_group_lasso(rows(weight), bad, 0.1),
+        lambda: sparse_group_lasso(rows(weight), 0.1, bad),
+        lambda: sparse_group_lasso(rows(weight), 0.1, 0.1, torch.tensor([bad, 1.0, 1.0])),
+        lambda: ssl(weight, bad, 0.1),
+        lambda: ssl(weight, 0.1, bad),
+        lambda: growing_l2(rows(weight), torch.tensor([1.0, 1.0, bad])),
         lambda: growing_strengths(torch.tensor([True]), 1, bad, 1),
         lambda: growing_strengths(torch.tensor([True]), 1, 0.1, 1, ceiling=bad),
         lambda: growing_strengths(torch.tensor([True]), -1, 0.1, 1),
@@ -556,6 +582,20 @@ def test_numbers_that_make_no_penalty_are_refused(bad: float) -> None:
         with pytest.raises(RecipeError):
             call()
     assert torch.equal(weight, torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (1, 3), (2,), (1,), ()])
+def test_one_number_for_each_unit_and_no_other_shape(shape: tuple[int, ...]) -> None:
+    """Some of them would broadcast, to a sum over all pairs of units."""
+    weight, wrong = torch.ones(3, 2), torch.ones(shape)
+    for call in (
+        lambda: group_lasso(rows(weight), wrong),
+        lambda: sparse_group_lasso(rows(weight), 0.1, 0.1, wrong),
+        lambda: growing_l2(rows(weight), wrong),
+        lambda: group_soft_threshold(rows(weight), 0.1, wrong),
+    ):
+        with pytest.raises(RecipeError, match=rf"of shape {re.escape(str(shape))} for 3 units: give one number for each"):
+            call()
 
 
 def test_steps_that_do_not_fit_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lightning.pytorch import Trainer
 
 from sparsetrain.callbacks import ContinualPruning
 from sparsetrain.continual.matrix import continual_metrics
-from sparsetrain.data import DomainSequence
+from sparsetrain.data import DomainSequence, TextData
 from sparsetrain.errors import RecipeError
 from sparsetrain.recipe import jobs
 from sparsetrain.recipe.directory import require_same_recipe, resumable
@@ -203,6 +204,85 @@ def test_references_are_refused_where_there_are_none(
         assert ended.code
         assert told in " ".join((ended.out + ended.err).split())
         assert "references" not in cli("plan", path, *options).out
+
+
+def test_references_that_need_data_that_is_gone_are_refused_before_anything_is_done(filed: Path, cli: Cli) -> None:
+    assert cli("run", filed, "--data.order", "[drama]", "--out", "out").code == 0
+    Path("drama.txt").unlink()
+    left = contents(Path("out"))
+    ended = cli("run", filed, *TWO, "--references", "true", *LAST)
+    assert ended.code == 2
+    assert "references: true asks for a run in out/fresh over all domains, and it has not learned drama" in ended.err, ended.err
+    assert "set references to false" in ended.err
+    ended = cli("run", filed, *TWO, *TRAINS, "--dense_twin", "true", *LAST)
+    assert (ended.code, "dense_twin: true asks for a run in out/dense" in ended.err) == (2, True), ended.err
+    assert contents(Path("out")) == left
+    # Pruning alone has no twin.
+    ended = cli("run", filed, *TWO, "--dense_twin", "true", *LAST)
+    assert (ended.code, ended.err) == (0, ""), ended.err
+    assert cli("verify", "out").code == 0
+
+
+def test_references_that_have_learned_what_is_gone_go_on(filed: Path, cli: Cli) -> None:
+    options = ("--references", "true")
+    assert cli("run", filed, "--data.order", "[drama]", *options, "--out", "out").code == 0
+    Path("drama.txt").unlink()
+    ended = cli("run", filed, *TWO, *options, *LAST)
+    assert (ended.code, ended.err) == (0, ""), ended.err
+    found, fresh, joint = (metrics(out)["continual"] for out in ("out", "out/fresh", "out/joint"))
+    own = [found["matrix"][i][i] - fresh["matrix"][i][i] for i in range(2)]
+    assert found["intransigence"] == pytest.approx(sum(own) / 2)
+    assert found["joint_gap"] == pytest.approx(found["matrix"][1][1] - joint["matrix"][1][1])
+    # One of the two is not enough.
+    shutil.rmtree("out/joint")
+    ended = cli("run", filed, *THREE, *options, *LAST)
+    assert (ended.code, "out/joint over all domains, and it has not learned drama, whose" in ended.err) == (2, True), ended.err
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_a_reference_breaks_off_is_verified(first: bool, tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not first:
+        assert cli("run", tiny, "--data.order", "[drama]", "--out", "out").code == 0
+    plain = ContinualPruning.begin_domain
+
+    def stop(self: ContinualPruning, trainer: Trainer, index: int, name: str) -> None:
+        if self.memory.mode == "joint":
+            raise KeyboardInterrupt
+        plain(self, trainer, index, name)
+
+    monkeypatch.setattr(ContinualPruning, "begin_domain", stop)
+    assert cli("run", tiny, *TWO, "--references", "true", "--out", "out", *(() if first else LAST[2:])).code == 130
+    assert cli("verify", "out").code == 0
+    if first:  # whoever waits for metrics.json waits for the references too
+        assert not Path("out/metrics.json").exists()
+    else:
+        assert metrics("out")["continual"]["domains"] == ["drama", "law"]
+        assert "joint_gap" not in metrics("out")["continual"]
+    monkeypatch.setattr(ContinualPruning, "begin_domain", plain)
+    assert cli("run", tiny, *TWO, "--references", "true", *LAST).code == 0
+    assert "joint_gap" in metrics("out")["continual"]
+
+
+class Filed(TextData):
+    """Somebody's own data, which says in its own way that there is none."""
+
+    def setup(self, stage: str) -> None:
+        Path(self.sources[0]).read_text(encoding="utf-8")
+        super().setup(stage)
+
+
+def test_somebodys_own_data_may_be_gone(filed: Path, cli: Cli) -> None:
+    filed.write_text(filed.read_text(encoding="utf-8").replace(": TextData", f": {__name__}.Filed"), encoding="utf-8")
+    assert cli("run", filed, *TWO, "--out", "out").code == 0
+    Path("drama.txt").unlink()
+    Path("code.txt").rename("later.txt")
+    ended = cli("run", filed, *THREE, *LAST)
+    assert (ended.code, "domain 'code': [Errno 2]" in ended.err) == (2, True), ended.err
+    Path("later.txt").rename("code.txt")
+    ended = cli("run", filed, *THREE, *LAST)
+    assert (ended.code, ended.err) == (0, ""), ended.err
+    assert "drama is learned, and not measured any more: [Errno 2]" in ended.out
+    assert metrics("out")["continual"]["missing"] == ["drama"]
 
 
 def test_the_dense_twin_has_no_references(tiny: Path, cli: Cli) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from sparsetrain.errors import PatternError, TargetError
-from sparsetrain.structure import Structure, compact, compact_again, coupled_manager, find_structure, prune_units
+from sparsetrain.masks import erase
+from sparsetrain.structure import Structure, compact, compact_again, coupled_manager, dead_units, find_structure, prune_units
 
 Batch = tuple[Tensor, Tensor]
 
@@ -50,7 +52,7 @@ def masked(net: nn.Module, *optimizers: Optimizer) -> tuple[Structure, dict[str,
     groups = [g for g in structure if not g.fixed and g.kind != "input"]
     manager = coupled_manager(net, groups).attach(*optimizers)
     dead = some_dead(structure)
-    prune_units(manager, groups, dead)
+    prune_units(manager, dead)
     return structure, dead, manager
 
 
@@ -136,6 +138,36 @@ def test_it_trains_on_as_the_masked_model_would(name: str) -> None:
     torch.testing.assert_close(net(images()), twin(images()), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_means_over_a_single_column_are_scaled(inputs: int) -> None:
+    """Adafactor's mean over the rows of a one-column weight is one number, and a mean all the same."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(inputs, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    data = torch.randn(32, inputs).double()
+    optimizer = OPTIMIZERS["Adafactor"](net.parameters())
+    structure = find_structure(net, data)
+    manager = coupled_manager(net, structure.of_kind("neuron")).attach(optimizer)
+    dead = {"0": torch.arange(8) < 4}
+    prune_units(manager, dead)
+
+    def train(model: nn.Module, how: Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            how.zero_grad()
+            (model(data) - data.sum(1, keepdim=True).sin()).square().mean().backward()
+            how.step()
+
+    train(net, optimizer, 4)
+    twin, twin_optimizer, twin_manager = copy.deepcopy((net, optimizer, manager))
+    twin_manager.detach()
+    twin_manager.attach(twin_optimizer)
+    manager.detach()
+    compact(net, structure, dead, data, optimizers=[optimizer])
+    train(net, optimizer, 6)
+    train(twin, twin_optimizer, 6)
+    torch.testing.assert_close(net[0].weight, twin[0].weight[4:], rtol=0, atol=1e-10)
+    torch.testing.assert_close(net[2].weight, twin[2].weight[:, 4:], rtol=0, atol=1e-10)
+
+
 def test_forgotten_memory_is_noticed() -> None:
     """The twin of the test above: momentum that is not cut along trains on to other weights."""
     net = network()
@@ -198,7 +230,7 @@ class Odd(torch.optim.SGD):
         return made
 
 
-@pytest.mark.parametrize("sabotage", ["memory", "nonzero", "copy"])
+@pytest.mark.parametrize("sabotage", ["memory", "nonzero", "fixed", "copy"])
 def test_what_is_refused_is_put_back_bit_for_bit(sabotage: str) -> None:
     net = network()
     optimizer = (Odd if sabotage == "memory" else torch.optim.SGD)(net.parameters(), lr=0.1, momentum=0.9)
@@ -206,18 +238,103 @@ def test_what_is_refused_is_put_back_bit_for_bit(sabotage: str) -> None:
     step(net, optimizer, batch(0))
     manager.detach()
     if sabotage == "nonzero":
-        net[3].weight.data[0, 1, 0, 0] = net[6].weight.data[1, 0] = 0.5  # into a dead filter, and out of it
+        net[6].weight.data[1, 3] = 0.5  # out of a dead filter
+    if sabotage == "fixed":
+        structure = replace(structure, groups=tuple(replace(g, fixed="") for g in structure))
+        dead["8"] = torch.tensor([True, False, False])
+        net[8].weight.data[0] = net[8].bias.data[0] = 0
     before, train = state_of(net, optimizer), [m.training for m in net.modules()]
     says = {
         "memory": r"Odd remembers 'flat' of shape \(.*nobody knows how to cut that",
-        "nonzero": r"outputs change by .*Are the pruned slices zero",
+        "nonzero": r"unit 0 of group 3 would go, and 6\.weight of the model is not zero there \(dimension 1\)",
+        "fixed": r"computes something else than with them masked: the model's outputs have another shape. Leave the groups out",
         "copy": r"which the copy \(Linear\) has not",
     }[sabotage]
-    with pytest.raises(PatternError if sabotage == "nonzero" else TargetError, match=says):
+    with pytest.raises(PatternError if sabotage in ("nonzero", "fixed") else TargetError, match=says):
         compact(net, structure, dead, images(), optimizers=[optimizer], copies=[nn.Linear(2, 2)] if sabotage == "copy" else [])
     assert same(state_of(net, optimizer), before)
     assert [m.training for m in net.modules()] == train
     step(net, optimizer, batch(1))
+
+
+def test_units_that_the_sample_does_not_show_have_to_be_zero_too() -> None:
+    torch.manual_seed(0)
+    net, data = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)), torch.randn(64, 4)
+    off = net[0](data[0]) <= 0  # of the first sample, on which models are compared
+    before = [p.detach().clone() for p in net.parameters()]
+    structure = find_structure(net, data)
+    with pytest.raises(PatternError, match=rf"unit {int(off.nonzero()[0])} of group 0 would go, and 0\.weight of the model is"):
+        compact(net, structure, {"0": off}, data)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+    prune_units(coupled_manager(net, structure.of_kind("neuron")), {"0": off})
+    expected = net(data)
+    compact(net, structure, {"0": off}, data)
+    torch.testing.assert_close(net(data), expected)
+
+
+@pytest.mark.parametrize("followed", [True, False])
+def test_averaged_copies_have_to_have_the_zeros_too(followed: bool) -> None:
+    net = network()
+    average = AveragedModel(net)
+    structure, dead, manager = masked(net)
+    if followed:
+        manager.follow(average)
+    before, kept = average.eval()(images()), [p.detach().clone() for p in net.parameters()]
+    if followed:
+        compact(net, structure, dead, images(), copies=[average])
+    else:
+        with pytest.raises(
+            PatternError, match=r"unit 0 of group 0 would go, and 0\.weight of the copy \(AveragedModel\) is not"
+        ):
+            compact(net, structure, dead, images(), copies=[average])
+        assert all(torch.equal(a, b) for a, b in zip(net.parameters(), kept, strict=True))
+    torch.testing.assert_close(average(images()), before)
+
+
+FORGETFUL: dict[str, Callable[[Any, Any, nn.Module, dict[str, Tensor]], Any]] = {
+    "step": lambda manager, optimizer, net, dead: step(net, optimizer, batch(0)),
+    "enforce": lambda manager, optimizer, net, dead: manager.enforce(),
+    "attach": lambda manager, optimizer, net, dead: manager.attach(optimizer),
+    "verify": lambda manager, optimizer, net, dead: manager.verify(),
+    "sparsity": lambda manager, optimizer, net, dead: manager.sparsity(),
+    "save": lambda manager, optimizer, net, dead: manager.state_dict(),
+    "install": lambda manager, optimizer, net, dead: manager.install("0.weight", net[0].weight > 9, 0.9),
+    "prune_units": lambda manager, optimizer, net, dead: prune_units(manager, dead),
+    "dead_units": lambda manager, optimizer, net, dead: dead_units(manager, manager.groups["0"]),
+}
+
+
+@pytest.mark.parametrize("what", FORGETFUL)
+@pytest.mark.parametrize("optimizer", ["momentum", "Adafactor"])  # the second has its gradients masked
+def test_a_manager_that_was_not_detached_says_so(what: str, optimizer: str) -> None:
+    net = network()
+    chosen = OPTIMIZERS[optimizer](net.parameters())
+    structure, dead, manager = masked(net, chosen)
+    compact(net, structure, dead, images(), optimizers=[chosen])
+    with pytest.raises(TargetError, match=r"it was compacted under this manager; detach\(\) before compact"):
+        FORGETFUL[what](manager, chosen, net, dead)
+    manager.detach()
+    step(net, chosen, batch(0))
+
+
+def test_a_mask_that_is_too_long_erases_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(erase, "CHUNK", 4)
+    weight = torch.ones(10)
+    with pytest.raises(RuntimeError):
+        erase.Eraser()([weight], torch.zeros(15, dtype=torch.bool))
+    assert weight.tolist() == [1.0] * 10
+    erase.Eraser()([weight], torch.arange(10) % 3 == 0)
+    assert weight.tolist() == [1, 0, 0, 1, 0, 0, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True)])
+def test_norms_know_their_size(norm: nn.Module) -> None:
+    net, data = nn.Sequential(nn.Conv2d(2, 4, 1), norm, nn.Conv2d(4, 2, 1)), torch.randn(2, 2, 6, 6)
+    structure = find_structure(net, data)
+    dead = {"0": torch.arange(4) < 1}
+    prune_units(coupled_manager(net, structure.of_kind("filter")), dead)
+    compact(net, structure, dead, data)
+    assert norm.num_features == 3
 
 
 def test_twice_and_again_on_a_new_model() -> None:
@@ -296,7 +413,7 @@ def test_any_chain_shrinks_to_its_living_units(chain: Chain) -> None:
     gone = {str(2 * i): torch.tensor(d) for i, d in enumerate(dead)}
     groups = structure.of_kind("neuron", "filter")
     if groups:
-        prune_units(coupled_manager(net, groups), groups, gone)
+        prune_units(coupled_manager(net, groups), gone)
     expected = net(sample)
     found = compact(net, structure, gone, sample)
     left = [widths[0], *(d.count(False) for d in dead), widths[-1]]

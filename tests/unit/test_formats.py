@@ -7,6 +7,7 @@ import pickle
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -120,6 +121,17 @@ def test_what_has_zeros_and_stays_dense_is_told() -> None:
     assert all(word in left[name] for name, word in names.items())
 
 
+def test_a_weight_of_another_kind_stays_dense() -> None:
+    class Quantized(nn.Parameter):
+        pass
+
+    layer = nn.Linear(8, 8)
+    layer.weight = Quantized(torch.eye(8))
+    places, left = survey(layer)
+    assert places == []
+    assert left == {"weight": "its weight is a Quantized (sharded or quantized): gather it first"}
+
+
 def test_a_format_that_is_wrong_or_does_not_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sparse(nn.Linear(16, 12))
     _, difference = convert(module, "csr", 1e-4)
@@ -153,6 +165,13 @@ def test_gradients_autocast_and_other_weights_are_refused() -> None:
         layer(torch.ones(1, 16, requires_grad=True))
     with pytest.raises(ExportError, match="autocast"), torch.autocast("cpu", torch.bfloat16):
         layer(torch.ones(1, 16))
+    with pytest.raises(
+        ExportError, match=r"made in torch\.float32 do not run in torch\.bfloat16.*to\(torch\.bfloat16\)\) and make"
+    ):
+        copy.deepcopy(layer).to(torch.bfloat16)(torch.ones(1, 16, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match=r"size|shape") as told:  # torch's own words for torch's own errors
+        layer(torch.ones(2, 15))
+    assert type(told.value) is RuntimeError
     with pytest.raises(ExportError, match="other weights have other zeros"):
         layer.load_state_dict(module.state_dict())
 
@@ -232,6 +251,9 @@ def test_samples_and_threads() -> None:
         ({"formats": "csr"}, "is one text"),
         ({"batch_sizes": ()}, "numbers of vectors"),
         ({"batch_sizes": (1, 0)}, "numbers of vectors"),
+        ({"batch_sizes": 8}, "batch_sizes=8: give numbers of vectors"),
+        ({"batch_sizes": (1, 2.5)}, "numbers of vectors"),
+        ({"batch_sizes": "64"}, "numbers of vectors"),
         ({"threads": 0}, "threads=0"),
         ({"tolerance": 0.0}, "tolerance=0.0"),
     ],
@@ -239,6 +261,7 @@ def test_samples_and_threads() -> None:
 def test_bad_settings_are_refused(given: dict[str, object], says: str) -> None:
     with pytest.raises(RecipeError, match=says):
         for_inference(nn.Linear(2, 2), **given)  # type: ignore[arg-type]
+    assert for_inference(nn.Linear(2, 2), batch_sizes=np.array([1, 2, 1])).choice.batch_sizes == (1, 2)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="rounds=2"):
         race([lambda: None], rounds=2)
     assert block_of("bsr:16x8") == (16, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -105,6 +106,8 @@ def test_what_is_planned_is_what_happens(name: str, vision: Path, tmp_path: Path
     assert {step for step, _ in found.curve} == {change["step"] for change in metrics["changes"]}
     assert found.flops is not None
     assert found.flops["dense"] == metrics["flops"]["dense"]
+    assert {row.follows for row in found.tensors} == {"global" if name == "global" else None}
+    assert found.notes == [] or name == "global"
     if name != "global":
         assert found.flops == pytest.approx(metrics["flops"])
 
@@ -207,6 +210,74 @@ def test_learned_masks_are_planned_as_they_end(settings: str, vision: Path, tmp_
     assert metrics["sparsity"]["kept"] == 480
     assert found.flops == metrics["flops"]
     assert found.flops["sparse"] < found.flops["dense"]  # type: ignore[index]
+
+
+TASKS = """\
+model:
+  class_path: IncrementalClassification
+  init_args: {network: {class_path: MLP, init_args: {in_features: 64, hidden: [24, 16], num_classes: 10}}, scenario: class}
+data:
+  class_path: DomainSequence
+  init_args:
+    domains:
+      few: {class_path: VisionData, init_args: {name: digits, batch_size: 100, validation: 0, classes: [0, 1]}}
+      more: {class_path: VisionData, init_args: {name: digits, batch_size: 100, validation: 0, classes: [2, 3, 4, 5, 6, 7]}}
+method: {class_path: PackNet, init_args: {prune_at: 50%}}
+trainer: {max_epochs: 4}
+"""
+
+
+@pytest.mark.parametrize("method", ["PackNet", "SpaceNet", "Supermask"])
+def test_what_tasks_take_is_not_said_before_they_come(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "tasks.yaml"
+    recipe.write_text(TASKS, encoding="utf-8")
+    options = [] if method == "PackNet" else ["--method", method]
+    # A task of Supermask has its own sparsity, as any method: the twin.
+    options += ["--method.sparsity", "0.75"] if method == "Supermask" else []
+    module = sys.modules["sparsetrain.recipe.plan"]  # its package has a function of that name
+    monkeypatch.setattr(module, "example_input", lambda model, data: torch.zeros(1, 64, device="meta"))
+    found = plan(recipe, options)
+    known = method == "Supermask"
+    assert {row.follows for row in found.tensors} == {None if known else "by task"}
+    # 280 digits of two classes and 859 of six are trained on: 3 and 9 steps an epoch.
+    assert (found.problems, found.domains, found.clock.total_steps, found.clock.steps_per_epoch) == ([], 2, 4 * 3, 3)
+    assert found.flops is not None
+    assert ("sparse" in found.flops) is known
+    with pytest.raises(SystemExit):
+        main(["plan", str(recipe), *options])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "global" not in out
+    assert ("by task" in out, "fewer)" in out, "without pruned weights" in out) == (not known, known, known)
+    assert "optimizer steps 12 a domain, in the first of 2 (3 an epoch)" in out
+
+
+def test_masks_that_are_kept_are_as_they_are(vision: Path, tmp_path: Path) -> None:
+    run(vision, [], tmp_path / "out")
+    found = plan(other(vision, "{class_path: KeepMasks}"), ["--init_from", str(tmp_path / "out")])
+    assert (found.problems, {row.follows for row in found.tensors}) == ([], {"as it is"})
+    assert found.flops is not None
+    assert found.flops.keys() == {"dense"}
+
+
+ALONE = "{class_path: OneShotPruning, init_args: {sparsity: 0.6, criterion: magnitude}}"
+
+
+def test_pruning_random_weights_is_told(vision: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = tmp_path / "trained"
+    run(vision, [], trained)
+    recipe = other(vision, ALONE)
+    told = "pruned are the random weights the model starts with"
+    for options, expected in (
+        (["--trainer.max_epochs", "0"], True),
+        (["--trainer.max_epochs", "1"], False),
+        (["--trainer.max_epochs", "0", "--init_from", str(trained)], False),
+    ):
+        capsys.readouterr()
+        assert any(note.startswith(told) for note in plan(recipe, options).notes) is expected
+        run(recipe, options, tmp_path / f"out{len(options)}{expected}")
+        assert (told in capsys.readouterr().out) is expected
 
 
 @pytest.mark.parametrize(

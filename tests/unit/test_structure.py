@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.optim.swa_utils import AveragedModel
 
 from sparsetrain.errors import PatternError, TargetError
-from sparsetrain.structure import Structure, coupled_manager, dead_units, find_structure, prune_units
+from sparsetrain.patterns import parse_pattern
+from sparsetrain.structure import Structure, compact, coupled_manager, dead_units, find_structure, prune_units
+from sparsetrain.targets import plain_name
 
 
 class Net(nn.Module):
@@ -167,6 +170,42 @@ def test_squeeze_and_excitation() -> None:
     groups = told(find_structure(net, images()))
     assert set(groups["c"][2]) == {"c.weight:0", "c.bias:0", "s.weight:1", "e.weight:0", "e.bias:0", "o.weight:1"}
     assert groups["s"][1] == 2
+    assert [groups[name][0] for name in "cs"] == ["filter", "filter"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "join"),
+    [
+        ("filter", lambda y, gate: y * torch.sigmoid(gate)),
+        ("filter", lambda y, gate: y * torch.relu(gate)),
+        ("filter", lambda y, gate: torch.relu(y) * F.hardsigmoid(gate)),
+        ("filter", lambda y, gate: F.silu(y * (1 + gate))),
+        ("residual", lambda y, more: torch.relu(y + more)),
+        ("residual", lambda y, more: y - 0.1 * torch.tanh(more)),
+        ("residual", lambda y, more: y * torch.sigmoid(more) + more),
+    ],
+)
+@pytest.mark.parametrize("between", [nn.Identity(), nn.Conv2d(8, 8, 3, padding=1, groups=8)])
+def test_a_gate_scales_and_a_shortcut_adds(kind: str, join: Any, between: nn.Module) -> None:
+    def forward(net: Any, x: Tensor) -> Any:
+        y = net.between(net.c(x))
+        return net.o(join(y, net.e(torch.relu(net.s(y)))))
+
+    layers = {"c": nn.Conv2d(3, 8, 1), "between": between, "s": nn.Conv2d(8, 4, 1), "e": nn.Conv2d(4, 8, 1)}
+    groups = told(find_structure(Net(forward, **layers, o=nn.Conv2d(8, 3, 1)), images()))
+    assert groups["c"][:2] == (kind, 8)
+    assert {"c.weight:0", "s.weight:1", "e.weight:0", "o.weight:1"} <= set(groups["c"][2])
+
+
+def test_a_stream_that_adds_gated_features_is_residual() -> None:
+    def forward(net: Any, x: Tensor) -> Any:
+        x = net.i(x)
+        y = net.c(torch.relu(x))
+        return net.o(torch.relu(x + y * torch.sigmoid(net.e(torch.relu(net.s(y))))))
+
+    widths = {"i": (3, 6), "c": (6, 6), "s": (6, 2), "e": (2, 6), "o": (6, 2)}
+    groups = told(find_structure(Net(forward, **{n: nn.Conv2d(*w, 1) for n, w in widths.items()}), images()))
+    assert {name: kind for name, (kind, *_) in groups.items()} == {"i.inputs": "input", "i": "residual", "s": "filter"}
 
 
 def test_layers_called_twice_and_tied_weights() -> None:
@@ -220,9 +259,24 @@ def test_tokens_positions_and_scales() -> None:
             )
             return made
 
-    kind, units, slices = told(find_structure(Tokens(), torch.ones(1, 3, 5)))["i"]
+    net, sample = Tokens(), torch.ones(1, 3, 5)
+    structure = find_structure(net, sample)
+    kind, units, slices = told(structure)["i"]
     assert (kind, units) == ("neuron", 6)
     assert set(slices) == {"i.weight:0", "i.bias:0", "o.weight:1", "scale.gamma:0", "token:2", "places:2"}
+    torch.manual_seed(0)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
+    manager = coupled_manager(net, structure.of_kind("neuron"))
+    dead = {"i": torch.tensor([0, 1, 0, 0, 0, 1]).bool()}
+    assert prune_units(manager, dead) == 2 * (5 + 1 + 2 + 1 + 1 + 4)
+    assert manager.verify().ok
+    assert (net.token == 0).flatten().tolist() == dead["i"].tolist()
+    assert torch.equal(dead_units(manager, structure["i"]), dead["i"])
+    expected = net(sample)
+    compact(net, structure, dead, sample)
+    assert (net.token.shape, net.places.shape) == ((1, 1, 4), (1, 4, 4))
+    torch.testing.assert_close(net(sample), expected)
 
 
 @pytest.mark.parametrize(
@@ -303,6 +357,8 @@ def test_models_that_cannot_be_traced_say_what_to_do() -> None:
     assert left["a"].fixed.startswith("route reads it")
     with pytest.raises(TargetError, match=r"no such module\. Did you mean 'route'"):
         find_structure(Branching(), torch.ones(1, 3), leave_out=["rout"])
+    with pytest.raises(TargetError, match=r"one text; give a list of names: leave_out=\['route'\]"):
+        find_structure(Branching(), torch.ones(1, 3), leave_out="route")
     with pytest.raises(TargetError, match=r"stops on one sample .*dimension 0"):
         find_structure(mlp(), torch.ones(4))
     with pytest.raises(TargetError, match="no dimension of samples"):
@@ -313,6 +369,41 @@ def test_models_that_cannot_be_traced_say_what_to_do() -> None:
         )
     with pytest.raises(TargetError, match="returns no tensor"):
         find_structure(Net(lambda s, x: s.a(x).argmax(1), a=nn.Linear(3, 4)), torch.ones(1, 3))
+
+
+def test_randomness_and_nan_are_called_by_their_names() -> None:
+    torch.manual_seed(0)
+
+    def decoded(net: Any, x: Tensor) -> Any:
+        mean = net.m(torch.relu(net.e(x)))
+        return net.d(mean + torch.exp(net.v(net.e(x))) * torch.randn_like(mean))
+
+    widths = {"e": (4, 6), "m": (6, 3), "v": (6, 3), "d": (3, 4)}
+    net = Net(decoded, **{name: nn.Linear(*width) for name, width in widths.items()})
+    with pytest.raises(TargetError, match=r"something else each time .*randomness in forward.* decodes the mean"):
+        find_structure(net, torch.ones(1, 4))
+    mean = find_structure(net, torch.ones(1, 4), run=lambda x: net.d(net.m(torch.relu(net.e(x)))))
+    assert (mean["e"].units, mean["m"].units, mean["m"].fixed) == (6, 3, "")
+    net = mlp()
+    with torch.no_grad():
+        net[4].bias[1] = float("nan")
+    with pytest.raises(TargetError, match="makes NaN of the sample"):
+        find_structure(net, torch.ones(1, 4))
+    with pytest.raises(TargetError, match="makes NaN of the sample"):
+        compact(net, find_structure(mlp(), torch.ones(1, 4)), {"0": torch.zeros(6).bool()}, torch.ones(1, 4))
+
+
+def test_a_model_that_nobody_knows_has_no_groups() -> None:
+    net = weight_norm(nn.Linear(3, 2))
+    assert find_structure(net, torch.ones(1, 3)).groups == ()
+    assert find_structure(nn.LSTM(3, 4, batch_first=True), torch.ones(1, 5, 3)).groups == ()
+
+
+def test_many_numbers_of_one_size_are_no_many_trials() -> None:
+    net = Net(lambda s, x: s.b(torch.relu(s.a(x)).view(-1, 8)), a=nn.Linear(8, 8), b=nn.Linear(8, 2))
+    for number in range(40):  # 2**40 sets of them
+        setattr(net, f"size{number}", 8)
+    assert "the model stops with RuntimeError" in find_structure(net, torch.ones(1, 8))["a"].fixed
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float32])
@@ -369,12 +460,12 @@ def test_whole_units_are_pruned_and_a_torn_one_is_found() -> None:
     manager = coupled_manager(net, groups)
     dead = {"0": torch.tensor([1, 0, 0, 1, 0, 0]).bool(), "2": torch.tensor([0, 0, 0, 0, 1]).bool()}
     # rows 2*4 + their biases 2 + columns 2*5; row 1*6, of which 2 are gone already, + bias 1 + column 2
-    assert prune_units(manager, groups, dead) == 8 + 2 + 10 + 4 + 1 + 2
+    assert prune_units(manager, dead) == 8 + 2 + 10 + 4 + 1 + 2
     assert manager.verify().ok
     assert int((net[2].weight == 0).sum()) == 14
     assert all(torch.equal(dead_units(manager, structure[name]), units) for name, units in dead.items())
-    assert prune_units(manager, groups, {"0": torch.zeros(6).bool()}) == 8 + 2 + 8  # grown back, row 4 of fc2 stays dead
-    prune_units(manager, groups, dead)
+    assert prune_units(manager, {"0": torch.zeros(6).bool()}) == 8 + 2 + 8  # grown back, row 4 of fc2 stays dead
+    prune_units(manager, dead)
     mask = manager["0.bias"].mask.clone()  # type: ignore[union-attr]
     mask[0] = True
     manager.install("0.bias", mask, Fraction(1, 6))
@@ -382,8 +473,72 @@ def test_whole_units_are_pruned_and_a_torn_one_is_found() -> None:
         dead_units(manager, structure["0"])
     entry = torch.ones(5, 6, dtype=torch.bool)
     entry[0, 0] = False
-    with pytest.raises(PatternError, match=r"entry \[0, 0\] is pruned, and neither"):
+    with pytest.raises(PatternError, match=r"entry \[0, 0\] is pruned, and no slice it lies in"):
         manager.install("2.weight", entry, Fraction(1, 30))
+
+
+def test_groups_that_are_not_named_stay_as_they_are() -> None:
+    net = mlp()
+    structure = find_structure(net, torch.ones(1, 4))
+    manager = coupled_manager(net, structure.of_kind("neuron"))
+    assert list(manager.groups) == ["0", "2"]
+    prune_units(manager, {"0": torch.arange(6) < 3})
+    assert prune_units(manager, {"2": torch.arange(5) < 2}) == 2 * 3 + 2 + 2 * 2  # rows, of which half is gone, bias, columns
+    assert prune_units(manager, {}) == 0
+    assert {name: int((p == 0).sum()) for name, p in net.named_parameters()} == {
+        **{"0.weight": 12, "0.bias": 3, "2.weight": 30 - 3 * 3, "2.bias": 2, "4.weight": 4, "4.bias": 0}
+    }
+    few = coupled_manager(net, [structure["2"]])
+    with pytest.raises(TargetError, match=r"'0' is no group of this manager; there are 2\."):
+        prune_units(few, {"0": torch.arange(6) < 3})
+
+
+def compiled(net: nn.Module) -> nn.Module:
+    made: nn.Module = torch.compile(net, backend="eager")  # type: ignore[assignment]
+    return made
+
+
+@pytest.mark.parametrize("wrap", [AveragedModel, compiled, lambda net: AveragedModel(compiled(net))])
+def test_managers_look_through_wrappers(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    net = wrap(mlp())
+    structure = find_structure(net, torch.ones(1, 4))
+    manager = coupled_manager(net, structure.of_kind("neuron"))
+    assert list(manager.tensors) == ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight"]
+    dead = {"0": torch.arange(6) < 3}
+    assert prune_units(manager, dead) == 12 + 3 + 15
+    zeros = {plain_name(name).removeprefix("module."): int((p == 0).sum()) for name, p in net.named_parameters()}
+    assert (zeros["0.weight"], zeros["0.bias"], zeros["2.weight"]) == (12, 3, 15)
+    assert torch.equal(dead_units(manager, structure["0"]), dead["0"])
+    assert compact(net, structure, dead, torch.ones(1, 4)).units == {"0": (3, 6)}
+
+
+def test_layers_that_are_compiled_each() -> None:
+    net = mlp()
+    net[2] = compiled(net[2])
+    structure = find_structure(net, torch.ones(1, 4))
+    manager = coupled_manager(net, structure.of_kind("neuron"))
+    dead = {group: torch.arange(units.units) < 2 for group, units in manager.groups.items()}
+    assert prune_units(manager, dead) == 2 * 4 + 2 + (30 - 3 * 4) + 2 + 4
+    assert all(torch.equal(dead_units(manager, structure[name]), units) for name, units in dead.items())
+
+
+def test_groups_of_another_model_are_refused() -> None:
+    groups = find_structure(mlp(), torch.ones(1, 4)).of_kind("neuron")
+    with pytest.raises(TargetError, match=r"the coupled groups cut 2\.weight, 2\.bias, 4\.weight, which Sequential has not"):
+        coupled_manager(nn.Sequential(nn.Linear(4, 6)), groups)
+    with pytest.raises(TargetError, match=r"2\.weight has shape \(4, 6\), and a coupled group slice 4 of its dimension 0"):
+        coupled_manager(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(5, 2)), groups)
+
+
+def test_a_mask_that_is_refused_is_refused_before_any_is_installed() -> None:
+    net = mlp()
+    manager = coupled_manager(net, find_structure(net, torch.ones(1, 4)).of_kind("neuron"))
+    before = [p.detach().clone() for p in net.parameters()]
+    manager["4.weight"].pattern = parse_pattern("2:4")  # the last of its tensors
+    with pytest.raises(PatternError):
+        prune_units(manager, {"2": torch.arange(5) < 2})
+    assert not manager.masks
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -391,7 +546,7 @@ def test_whole_units_are_pruned_and_a_torn_one_is_found() -> None:
     [
         ({"0": torch.ones(6).bool()}, PatternError, "all 6 units of group 0 would go"),
         ({"4": torch.tensor([True, False])}, PatternError, "no unit of group 4 can go: it is the model's output"),
-        ({"1": torch.tensor([True, False])}, TargetError, "'1' is no coupled group"),
+        ({"1": torch.tensor([True, False])}, TargetError, r"'1' is no group of this manager; there are 0, 2, 4\."),
         ({"0": torch.ones(5).bool()}, PatternError, r"group 0 has 6 units, and was given bool \(5,\)"),
         ({"0": torch.zeros(6)}, PatternError, r"was given float32 \(6,\)"),
     ],
@@ -399,10 +554,10 @@ def test_whole_units_are_pruned_and_a_torn_one_is_found() -> None:
 def test_what_cannot_be_pruned_changes_nothing(dead: dict[str, Tensor], error: type[Exception], says: str) -> None:
     net = mlp()
     structure = find_structure(net, torch.ones(1, 4))
-    manager = coupled_manager(net, structure.of_kind("neuron"))
+    manager = coupled_manager(net, [group for group in structure if group.kind == "neuron"])
     before = [p.detach().clone() for p in net.parameters()]
     with pytest.raises(error, match=says):
-        prune_units(manager, structure, {"2": torch.tensor([1, 0, 0, 0, 0]).bool(), **dead})
+        prune_units(manager, {"2": torch.tensor([1, 0, 0, 0, 0]).bool(), **dead})
     assert not manager.masks
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
 

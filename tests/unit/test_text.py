@@ -122,7 +122,8 @@ def test_a_tokenizer_that_marks_documents_itself_gets_no_second_mark(tmp_path: P
         ("bpe:4k", "at least 257 entries"),
         ("bpe:-300", "at least 257 entries"),
         ("bpe:90000", r"entries only; write bpe:\d+ or less"),
-        ("no/such/tokenizer", "cannot be read"),
+        ("no/such/tokenizer", r"cannot be read \(there is no such folder; if a run is to leave it there, do that run first\)"),
+        ("./tokenizer", "there is no such folder"),
     ],
 )
 def test_a_tokenizer_that_cannot_be(name: str, says: str) -> None:
