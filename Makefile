@@ -35,6 +35,7 @@ bench: $(BIN)/.installed-dev
 	$(BIN)/python -m tests.benchmarks.bench_continual
 	$(BIN)/python -m tests.benchmarks.bench_proximal
 	$(BIN)/python -m tests.benchmarks.bench_formats
+	$(BIN)/python -m tests.benchmarks.bench_compact
 
 results: $(BIN)/.installed-dev
 	$(BIN)/python -m sparsetrain.report.results README.md recipes/results/*.json

@@ -81,6 +81,8 @@ class StructuredCallback(SparsityCallback):
     ``compacted`` has what was taken out, each time. Raises `TargetError` where nothing can go.
     """
 
+    sets_sparsity = True
+
     def __init__(self, groups: Groups | None, compact: str | None, budget: Measure) -> None:
         super().__init__()
         if budget not in get_args(Measure):
@@ -233,6 +235,7 @@ class StructuredCallback(SparsityCallback):
         done = compact(model, self.structure, dead, self._sample, optimizers=optimizers, copies=copies)
         self._renew(done, dead)
         self.attach(trainer)
+        self.log_sparsity(trainer)
 
     def _renew(self, done: Compacted, dead: dict[str, Tensor]) -> None:
         assert self.structure is not None

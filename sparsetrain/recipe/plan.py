@@ -18,7 +18,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
-from sparsetrain.callbacks import SparsityCallback
+from sparsetrain.callbacks import SparsityCallback, StructuredCallback
 from sparsetrain.callbacks.task_order import TaskMethod
 from sparsetrain.data import DomainSequence
 from sparsetrain.errors import PatternError, RecipeError, SparsetrainError
@@ -83,14 +83,22 @@ def plan(recipe: Path, overrides: Sequence[str] = ()) -> Plan:
     model = _model(config, result)
     method: SparsityCallback = instantiate(config, "method")
     result.parameters = sum(p.numel() for p in model.parameters())
+    whole = model
     try:
-        manager = method.create_manager(model)
+        if isinstance(method, StructuredCallback):
+            # What belongs together is seen by running the model, for which the meta device has no numbers.
+            whole = instantiate(config, "model")
+            method.look(instantiate(config, "data") if config.data is not None else None)
+        manager = method.create_manager(whole)
     except SparsetrainError as error:
         result.problems.append(str(error))
         return result
     method.manager = manager
     result.skipped = manager.skipped
     _fill_tensors(result, method, manager)
+    if isinstance(method, StructuredCallback):
+        groups = ", ".join(f"{group.name} ({group.units} {group.kind}s)" for group in method.chosen)
+        result.notes.append(f"chosen while training, of {method.budget}: units of {groups}")
     try:
         method.validate()
     except SparsetrainError as error:
@@ -145,6 +153,7 @@ def _fill_tensors(result: Plan, method: SparsityCallback, manager: MaskManager) 
             result.problems.append(f"{tensor.name}: {problem}")
         free = method.pooled and tensor.goal is None
         follows = "by task" if isinstance(method, TaskMethod) else "as it is"
+        follows = "by unit" if isinstance(method, StructuredCallback) else follows
         if free and final is not None:
             shared[final] = shared.get(final, 0) + numel
         else:

@@ -172,8 +172,8 @@ def _facts(config: Namespace, built: Built, model: LightningModule) -> dict[str,
         if isinstance(callback, DepthPruning):
             facts |= {"removed": callback.removed}
     found = flops(model, built.method.manager if built.method else None, built.data)
-    if found and facts.get("removed"):
-        # Dense is the model before blocks were taken out of it.
+    if found and (facts.get("removed") or (facts.get("structure") or {}).get("compacted")):
+        # Dense is the model before blocks or units were taken out of it.
         whole = flops(instantiate(config, "model"), None, built.data)
         found["dense"] = whole["dense"] if whole else found["dense"]
     return {"method": facts, "flops": found}
