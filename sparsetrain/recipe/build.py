@@ -18,6 +18,7 @@ from sparsetrain.callbacks import SparsityCallback, StructuredCallback
 from sparsetrain.checkpoints import matching, read_weights, require_merged, unwrapped
 from sparsetrain.depth import remove_again
 from sparsetrain.errors import MaskStateError, RecipeError, SparsetrainError, nearest
+from sparsetrain.masks.state import from_state
 from sparsetrain.masks.verification import adopt_zeros
 from sparsetrain.recipe.schema import recipe_parser
 from sparsetrain.structure import Compacted, compact_again
@@ -176,7 +177,8 @@ def start_from(path: Path, model: nn.Module, method: SparsityCallback | None) ->
     if method is None or method.manager is None:
         return
     state = saved_masks(checkpoint)
-    if state is not None:
+    # Masks without a zero (of a model that was compacted) say nothing, whatever targets they had.
+    if state is not None and any(saved.sparsity for saved in from_state(state, str(path)).values()):
         method.manager.load_state_dict(state, str(path))
     else:
         method.manager.unclaimed = adopt_zeros(method.manager)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -106,8 +107,9 @@ def test_a_run_starts_from_a_compact_one_and_goes_on_when_interrupted(
     assert_equal_runs("whole", "broken")
     assert sum(widths("whole")) < sum(widths("first"))
     # Another method on the smaller model, and a run from that one: it knows the whole history.
-    fine = ("--method", "PruneFinetune", "--method.sparsity", "0.5")
-    ended = cli("run", tiny, *fine, "--init_from", "whole", "--out", "sparse")
+    once = {"class_path": "PruneFinetune", "init_args": {"schedule": {"class_path": "OneShot", "init_args": {"at": "3st"}}}}
+    fine = ("--method", json.dumps(once))
+    ended = cli("run", tiny, *fine, "--method.sparsity", "0.5", "--init_from", "whole", "--out", "sparse")
     assert (ended.code, ended.err) == (0, "")
     assert widths("sparse") == widths("whole")
     assert cli("run", tiny, *fine, "--method.sparsity", "0.6", "--init_from", "sparse", "--out", "sparser").code == 0
