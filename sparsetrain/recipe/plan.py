@@ -266,7 +266,7 @@ def _fill_flops(result: Plan, model: nn.Module, data: LightningDataModule | None
         cost = 2.0 * count * weights[name]
         dense += cost
         sparse += cost * (kept.get(name, share) if name in planned else 1.0)
-    if any(t.follows in ("by task", "as it is") for t in result.tensors):
+    if any(t.follows not in (None, "global") for t in result.tensors):
         result.flops = {"dense": dense}
         return
     result.flops = {"dense": dense, "sparse": sparse}
