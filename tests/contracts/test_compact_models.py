@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparsetrain import CausalLM, GroupLasso, Groups, TextData, save_pretrained
 from sparsetrain.calibration import runner
 from sparsetrain.errors import ExportError, MaskStateError
 from sparsetrain.export import as_ordinary, load_compact, save_compact
@@ -18,6 +19,7 @@ from sparsetrain.structure.budget import Budget, alike
 from sparsetrain.structure.recording import outputs_of
 
 from .test_structure_zoo import ZOO
+from .toys import trainer
 
 #: Where heads can go and a configuration can still say so, and where neurons only.
 HEADS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "vit")
@@ -129,3 +131,23 @@ def test_a_folder_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportError, match="the compact model could not be written"):
         save_compact(net, [done], tmp_path / "file")
+
+
+def test_a_language_model_shrinks_in_training_and_loads_in_stock_transformers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    task = CausalLM(
+        config={"model_type": "llama", "vocab_size": 258, "num_key_value_heads": 2, "tie_word_embeddings": True, **sizes}
+    )
+    data = TextData("shakespeare", window=16, batch_size=8, limit={"train": 160, "valid": 8, "test": 8})
+    method = GroupLasso(0.4, groups=Groups(kinds=("head", "neuron"), alike=True, multiple=4, at_least=1), compact="5st")
+    trainer(method, max_epochs=1, limit_val_batches=0).fit(task, datamodule=data)
+    tokens = {"input_ids": torch.randint(258, (2, 16))}
+    ordinary: Any = as_ordinary(task.network, method.compacted, lambda model: model(**tokens))
+    save_pretrained(ordinary, tmp_path / "small")
+    back = type(ordinary).from_pretrained(tmp_path / "small").eval()
+    assert method.gone() >= 0.4
+    assert back.config.intermediate_size % 4 == 0
+    assert back.config.intermediate_size < 24
+    with torch.no_grad():
+        torch.testing.assert_close(back(**tokens).logits, task.eval().network(**tokens).logits, rtol=0, atol=1e-5)
