@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsetrain.callbacks.group_penalty import Reading
 from sparsetrain.penalties import (
     Part,
     Units,
@@ -30,6 +31,7 @@ from sparsetrain.penalties import (
     metric_group_soft_threshold,
     sparse_group_soft_threshold,
 )
+from sparsetrain.structure import find_structure
 
 DENSE, PROX = "dense step", "+ proximal step"
 BAR = 1.08
@@ -89,6 +91,24 @@ def prox_every(every: int) -> Callable[[Side], object]:
     return after
 
 
+def adaptive(every: int) -> Callable[[Side], object]:
+    """What `GroupLasso` does by default: importance looked at, and the units in line shrunk, on the weights that read them."""
+    readings: list[Reading] = []
+
+    def after(side: Side) -> None:
+        if side.taken % every:
+            return
+        if not readings:
+            groups = find_structure(side.network, side.x).of_kind("neuron", "input")
+            readings.extend(Reading(side.network, group) for group in groups)
+        for reading in readings:
+            reading.watch(0.98)
+            assert reading.reads is not None
+            group_soft_threshold(reading.reads, RATE * STRENGTH, torch.ones(reading.reads.count))
+
+    return after
+
+
 def sparse_prox(side: Side) -> None:
     for units in side.groups:
         sparse_group_soft_threshold(units, RATE * STRENGTH, RATE * STRENGTH)
@@ -111,6 +131,7 @@ def main() -> None:
         DENSE: Side(),
         PROX: Side(prox),
         f"+ proximal step, every {options.every}": Side(prox_every(options.every)),
+        f"+ GroupLasso, adaptive, every {options.every}": Side(adaptive(options.every)),
         "+ proximal step, half the units dead": Side(half_dead),
         "+ sparse-group proximal step": Side(sparse_prox),
         "+ penalty in the loss (autograd)": Side(penalty=True),
@@ -132,7 +153,7 @@ def main() -> None:
         base = times["Adam: dense step" if name.startswith("Adam") else DENSE]
         ratios = [mine / other for mine, other in zip(found, base, strict=True)]
         row = [f"{min(found) * 1e6:.0f}", f"{min(found) / min(base):.3f}", f"{statistics.median(ratios):.3f}"]
-        table.add_row(name, *row, f"{BAR}" if name == PROX else "")
+        table.add_row(name, *row, f"{BAR}" if name == PROX or "GroupLasso" in name else "")
     Console(width=120).print(table)
 
 
