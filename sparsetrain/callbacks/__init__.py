@@ -9,6 +9,7 @@ from sparsetrain.callbacks.distillation import Distillation
 from sparsetrain.callbacks.dynamic_sparse import DynamicSparse
 from sparsetrain.callbacks.group_lasso import GroupLasso
 from sparsetrain.callbacks.group_penalty import Penalty
+from sparsetrain.callbacks.groups import Groups
 from sparsetrain.callbacks.growth_rules import Update
 from sparsetrain.callbacks.keep_masks import KeepMasks
 from sparsetrain.callbacks.lottery import LotteryTickets
@@ -20,7 +21,7 @@ from sparsetrain.callbacks.recovery import Guard, Recovery
 from sparsetrain.callbacks.rewinding import Rewind
 from sparsetrain.callbacks.spacenet import SpaceNet
 from sparsetrain.callbacks.sparse_lora import SparseLoRA
-from sparsetrain.callbacks.structured import Groups, StructuredCallback
+from sparsetrain.callbacks.structured import StructuredCallback
 from sparsetrain.callbacks.supermask import Supermask
 from sparsetrain.callbacks.tickets import Control, Lost, TicketRounds
 

@@ -39,8 +39,9 @@ from torch.optim import Optimizer
 
 from sparsetrain.callbacks.clock import clock_of
 from sparsetrain.callbacks.group_penalty import Penalty, Reading, add_gradient, shrink, weights_of
+from sparsetrain.callbacks.groups import Groups
 from sparsetrain.callbacks.recovery import Guard
-from sparsetrain.callbacks.structured import Groups, StructuredCallback
+from sparsetrain.callbacks.structured import StructuredCallback
 from sparsetrain.errors import RecipeError
 from sparsetrain.patterns import exact
 from sparsetrain.penalties import growing_strengths

@@ -107,7 +107,9 @@ class Reading:
         for part in self.reads.parts:
             if part.tensor.grad is not None:
                 total += (part.rows(part.tensor) * part.rows(part.tensor.grad)).sum(1).float().cpu()
-        self.importance.mul_(decay).add_(total.square_(), alpha=1 - decay)
+        # With AMP a step whose gradients overflow is skipped, and so it is here.
+        if bool(total.isfinite().all()):
+            self.importance.mul_(decay).add_(total.square_(), alpha=1 - decay)
 
     def norms(self) -> Tensor:
         """``||W_u||`` over the weights that read unit u, float (units,)."""

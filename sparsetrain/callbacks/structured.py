@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, get_args
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from sparsetrain.calibration import at_rest, runner
 from sparsetrain.calibration.data import first_sample
 from sparsetrain.callbacks.base import SparsityCallback, averaged_copies
 from sparsetrain.callbacks.clock import clock_of
-from sparsetrain.errors import MaskStateError, RecipeError, TargetError, nearest
+from sparsetrain.callbacks.groups import Groups, first_training_sample
+from sparsetrain.errors import MaskStateError, RecipeError, TargetError
+from sparsetrain.masks import sharding
 from sparsetrain.structure import (
     Compacted,
     CoupledGroup,
@@ -29,43 +30,7 @@ from sparsetrain.structure import (
     remaining,
 )
 from sparsetrain.structure.budget import Budget, Measure, alike, positions
-from sparsetrain.structure.groups import Kind
 from sparsetrain.targets import compile_regex
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Which coupled groups a method may prune, and how few of their units may be left.
-
-    Args:
-        kinds: ``"neuron"``, ``"filter"``, ``"head"``, ``"input"`` (of the model), ``"residual"``.
-        exclude: regular expressions searched in group names; what matches stays whole.
-        at_least: units that no group falls below, 1 or more.
-        alike: the same layer of every block loses as many units, so that one configuration describes them all.
-        multiple: of what is left of a group that loses units: 8 or 16 where kernels like that.
-        sample: a batch as the model takes it, on which it is run to see what belongs together; by default the model's
-            ``example_input_array``, else the first training sample.
-
-    Raises `RecipeError` for a kind that is none, none at all, or ``at_least`` below 1.
-
-    Example: ``Groups(kinds=("neuron", "input"), at_least=4)``.
-    """
-
-    kinds: tuple[Kind, ...] = ("neuron", "filter", "head")
-    exclude: tuple[str, ...] = ()
-    at_least: int = 1
-    alike: bool = False
-    multiple: int = 1
-    sample: Any = None
-
-    def __post_init__(self) -> None:
-        for kind in self.kinds:
-            if kind not in get_args(Kind):
-                raise RecipeError(f"kinds has {kind!r}.{nearest(kind, get_args(Kind))} Known are {', '.join(get_args(Kind))}")
-        if not self.kinds:
-            raise RecipeError(f"kinds is empty; name at least one of {', '.join(get_args(Kind))}")
-        if self.at_least < 1 or self.multiple < 1:
-            raise RecipeError(f"at_least={self.at_least} multiple={self.multiple}: every group keeps at least 1 unit")
 
 
 class StructuredCallback(SparsityCallback):
@@ -105,17 +70,7 @@ class StructuredCallback(SparsityCallback):
         """Take the first training sample as the sample, unless there is one; of a data module, or a loader."""
         if self._sample is not None or data is None:
             return
-        if isinstance(data, LightningDataModule):
-            data.prepare_data()
-            data.setup("fit")
-            data = data.train_dataloader()
-        if isinstance(data, DataLoader) and hasattr(data.dataset, "__getitem__"):
-            # Not through the loader, which would draw random numbers.
-            fetch = getattr(data.dataset, "__getitems__", lambda indices: [data.dataset[i] for i in indices])
-            batch = data.collate_fn(fetch([0]))
-        else:
-            batch = next(iter(data), None)
-        self._sample = without_labels(batch)
+        self._sample = first_training_sample(data)
 
     def create_manager(self, model: nn.Module) -> CoupledManager:
         """Find the groups and make masks for all that they cut. Raises `TargetError` where nothing can go."""
@@ -201,6 +156,10 @@ class StructuredCallback(SparsityCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """When to compact; and refuse where nobody can."""
+        if any(sharding.local(tensor.target.parameter) is not tensor.target.parameter for tensor in self.masks):
+            raise RecipeError(
+                f"{type(self).__name__} looks at whole units, and this model is sharded (FSDP2): use DDP, or one process"
+            )
         if self.compact not in (None, "end"):
             self._compact_every = clock_of(trainer).steps(str(self.compact))
             if trainer.world_size > 1:
@@ -286,13 +245,3 @@ class StructuredCallback(SparsityCallback):
         state = super().state_dict()
         taken = zip(self.compacted, self._taken, strict=True)
         return state | {"compacted": [{"record": asdict(c), "dead": dead} for c, dead in taken]} if state else state
-
-
-def without_labels(batch: Any) -> Any:
-    """What a model is given of a batch: a mapping without ``labels``, the first of a tuple.
-
-    Example: ``without_labels((torch.ones(4, 2), torch.zeros(4)))`` is ``torch.ones(4, 2)``.
-    """
-    if isinstance(batch, dict):
-        return {name: value for name, value in batch.items() if name != "labels"}
-    return batch[0] if isinstance(batch, list | tuple) else batch

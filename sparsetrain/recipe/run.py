@@ -76,8 +76,8 @@ def run(
             else:
                 fit(config, built, out, text, resume, step)
         except DivergedError as error:
-            seconds = {"total": round(time.monotonic() - began, 2)}
-            raise _diverged(out, record | {"seconds": seconds}, error) from error
+            record["seconds"] = {"total": round(time.monotonic() - began, 2)}
+            raise _diverged(out, record, error) from error
         # Seconds computed, which stand still while another program has the cores, are what runs are compared by.
         fitted, computed = time.monotonic(), time.process_time() - computing
         twin = dense_twin(recipe, overrides, out) if "dense" in beside else None
@@ -88,8 +88,8 @@ def run(
         metrics = record | found
         metrics |= sparsity(built.method, model)
         metrics |= _facts(config, built, model)
-        metrics["seconds"] = {"total": round(time.monotonic() - began, 2), "fit": round(fitted - began, 2)}
-        metrics["seconds"]["computed"] = round(computed, 2)
+        seconds = {"total": time.monotonic() - began, "fit": fitted - began, "computed": computed}
+        metrics["seconds"] = {key: round(value, 2) for key, value in seconds.items()}
         if several and config.references:
             if (out / "metrics.json").is_file():
                 # It is older than the checkpoint, and would stay so if a reference broke off.
