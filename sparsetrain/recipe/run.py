@@ -67,8 +67,7 @@ def run(
     step = 0 if resume is None else _going_on(resume, ckpt_path, out, text, built)
     if resume is None and prunes_random(config, model) and _speaks():
         print(RANDOM)
-    beside, found = _beside(config), {}
-    computing = time.process_time()
+    beside, found, computing = _beside(config), {}, time.process_time()
     with quiet():
         try:
             if several:
