@@ -20,6 +20,7 @@ from sparsetrain.commands import (
     EXAMPLES,
     barrier_arguments,
     command_parser,
+    export_arguments,
     predict_arguments,
     prune_arguments,
     recipe_arguments,
@@ -66,6 +67,7 @@ def _dispatch(arguments: list[str]) -> int:
         "predict": _predict,
         "prune": _prune,
         "barrier": _barrier,
+        "export": _export,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
@@ -256,6 +258,20 @@ def _prune(arguments: list[str]) -> int:
     found = prune_model(Prune(**known, **lists, streaming=streaming), out, work, overwrite)
     Console().print(pruned_table(found))
     print(f"model: {out}")
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    parser = command_parser("export")
+    export_arguments(parser)
+    known = parser.parse_args(arguments)
+    from sparsetrain.recipe.export import export_run
+
+    found = export_run(known.run_dir, known.out, known.fast, known.overwrite)
+    print(f"{found.parameters:,} parameters, {found.nonzero:,} of them not zero")
+    for note in found.notes:
+        print(note)
+    print(f"exported: {found.folder}\nload it: {found.load}")
     return 0
 
 

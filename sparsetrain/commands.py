@@ -14,6 +14,7 @@ EXAMPLES = {
     "plan": "sparsetrain plan recipes/quickstart.yaml --method.sparsity 0.98",
     "verify": "sparsetrain verify runs/first",
     "report": "sparsetrain report runs/first",
+    "export": "sparsetrain export runs/first --out shipped",
     "list": "sparsetrain list schedules",
     "record": "sparsetrain record recipes/experiments/digits_criteria.yaml --jobs 2",
     "sensitivity": "sparsetrain sensitivity recipes/quickstart.yaml --units --parameters 64 --out runs/quickstart-sensitivity",
@@ -26,6 +27,7 @@ ABOUT = {
     "plan": "Dry-run a recipe against the real model on the meta device: what would be pruned, when, and what cannot work.",
     "verify": "Check a checkpoint or a run directory: every mask against its pattern and its weights.",
     "report": "Write report.html of a run directory anew.",
+    "export": "Write the network of a run for use elsewhere: a from_pretrained folder, a compact model, the fastest formats.",
     "list": "What a recipe can name: criteria, patterns, schedules, allocations, methods, recipes.",
     "record": "Run an experiment (a recipe over seeds) and write its numbers to recipes/results/.",
     "sensitivity": "Prune each target alone and measure the loss: which layers can go, as a table, a heat map and a file.",
@@ -113,6 +115,14 @@ def barrier_arguments(parser: Parser) -> None:
         parser.add_argument(name, type=Path, metavar=name.upper(), help="a directory that `sparsetrain run` wrote")
     parser.add_argument("--points", type=int, default=11, metavar="N", help="points on the line, both ends included (11)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where barrier.json and barrier.png go (none without it)")
+
+
+def export_arguments(parser: Parser) -> None:
+    """Those of ``export``."""
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a directory that `sparsetrain run` wrote")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the network goes")
+    parser.add_argument("--fast", action="store_true", help="every layer in the format that is fastest here, measured")
+    parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
 
 
 def prune_arguments(parser: Parser) -> None:

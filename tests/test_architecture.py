@@ -51,7 +51,7 @@ KNOWS = {
     "__init__": "errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report "
     "calibration sensitivity predictor connectivity depth oneshot continual",
     "recipe": "errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report "
-    "calibration sensitivity predictor connectivity depth oneshot continual checkpoints structure",
+    "calibration sensitivity predictor connectivity depth oneshot continual checkpoints structure export",
     "commands": "errors",
     "cli": "commands errors patterns targets schedules criteria allocation masks pruning callbacks tasks data report recipe "
     "calibration sensitivity predictor connectivity depth oneshot",

@@ -35,7 +35,8 @@ from sparsetrain.schedules import Clock, Curve
 @dataclass(frozen=True)
 class PlannedTensor:
     """One row of a plan; ``prune`` counts weights (an estimate for ragged blocks). Where ``sparsity`` is None, ``follows`` says
-    from what it does: one threshold for all ("global"), what each task takes ("by task"), the masks it has ("as it is").
+    from what it does: one threshold for all ("global"), what each task takes ("by task"), units chosen while
+    training ("by unit"), the masks it has ("as it is").
     """
 
     name: str
