@@ -38,11 +38,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsetrain.callbacks.clock import clock_of
-from sparsetrain.callbacks.group_penalty import Penalty, Reading, add_gradient, shrink, weights_of
+from sparsetrain.callbacks.group_penalty import Penalty, Reading, add_gradient, first_strength, shrink, trained_by, weights_of
 from sparsetrain.callbacks.groups import Groups
 from sparsetrain.callbacks.recovery import Guard
 from sparsetrain.callbacks.structured import StructuredCallback
-from sparsetrain.errors import RecipeError
+from sparsetrain.errors import MaskStateError, RecipeError
 from sparsetrain.patterns import exact
 from sparsetrain.penalties import growing_strengths
 from sparsetrain.structure import CoupledManager, Structure
@@ -88,11 +88,10 @@ class GroupLasso(StructuredCallback):
                 "GroupLasso needs sparsity (what shall be gone), such as 0.8; or a penalty with a strength (lambda), such as "
                 "Penalty('prox', strength=1e-3)"
             )
+        if sparsity is None and not self.penalty.after_step:
+            raise RecipeError(f"penalty {self.penalty.kind!r} is a term of the loss and makes nothing zero: give a sparsity")
         if self.groups.alike and self.penalty.kind != "adaptive":
-            raise RecipeError(
-                f"groups.alike needs penalty 'adaptive', which chooses who goes; {self.penalty.kind!r} makes other units zero "
-                "in every layer"
-            )
+            raise RecipeError(f"groups.alike needs penalty 'adaptive', which chooses who goes; {self.penalty.kind!r} does not")
         self.sparsity = None if sparsity is None else float(exact(sparsity))
         self.span, self.guard = tuple(span), guard
         self.strength = 0.0
@@ -119,14 +118,14 @@ class GroupLasso(StructuredCallback):
         return manager
 
     def validate(self) -> None:
-        """What is asked can be reached while every group keeps ``at_least`` units."""
+        """What is asked can be reached while every group keeps what `Groups` says."""
         assert self.cost is not None
-        least = self.groups.at_least
-        most = self.cost.gone({group.name: torch.arange(group.units) >= least for group in self.chosen})
+        dead = self.dead()
+        most = self.cost.gone(self.choose({name: torch.zeros(len(units)) for name, units in dead.items()}, dead, 1.0))
         if self.sparsity is not None and self.sparsity > most:
             raise RecipeError(
-                f"GroupLasso sparsity={self.sparsity:g}: with at_least={least} units in each of {len(self.chosen)} groups at "
-                f"most {most:.4g} of the {self.budget} can go"
+                f"GroupLasso sparsity={self.sparsity:g}: with at_least={self.groups.at_least}, multiple={self.groups.multiple} "
+                f"in {len(self.chosen)} groups at most {most:.4g} of the {self.budget} can go"
             )
 
     def facts(self) -> dict[str, Any]:
@@ -138,11 +137,11 @@ class GroupLasso(StructuredCallback):
         """Too little is gone."""
         gone = self.gone()
         if self.sparsity is not None and gone < self.sparsity - 1e-9:
-            return (
-                f"{gone:.4g} of the {self.budget} are gone, {self.sparsity:g} were asked; train past the end of span "
-                f"({self.span[1]}), or let it end earlier"
-            )
-        return None if gone else f"no unit became zero with strength {self.penalty.strength}; raise it, or ask for a sparsity"
+            way = "it is held back by the guard" if self._held else f"train past the end of span ({self.span[1]})"
+            return f"{gone:.4g} of the {self.budget} are gone, {self.sparsity:g} were asked; {way}, or let it end earlier"
+        if gone or self.sparsity is not None:
+            return None
+        return f"no unit became zero with strength {self.penalty.strength}; raise it, or ask for a sparsity"
 
     # -- training -----------------------------------------------------------------------------------------------------------
 
@@ -157,8 +156,13 @@ class GroupLasso(StructuredCallback):
                 f"GroupLasso span {self.span}: from step {self._start} to step {self._end} of {clock.total_steps}; it must end "
                 "after it starts, and within the run"
             )
+        for reading in self._readings.values():
+            assert reading.reads is not None
+            for part in reading.reads.parts:
+                trained_by(trainer.optimizers, part.tensor, self.penalty)
         if not resumed:
-            self.strength = self.penalty.strength or self._first_strength(trainer)
+            steps = self._end - self._start
+            self.strength = self.penalty.strength or first_strength(self._readings, trainer.optimizers, steps)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at gradients for importance; add the gradient of penalties that are terms of the loss."""
@@ -184,7 +188,7 @@ class GroupLasso(StructuredCallback):
                     reads = self._readings[name].reads
                     assert reads is not None
                     shrink(self.penalty, reads, trainer.optimizers, self._strength(step), weights)
-            if step >= self._end or (step - self._start) % self._every == 0:
+            if step == self._end or (step - self._start) % self._every == 0:
                 self._look(trainer, step)
         super().on_step(trainer, step)
 
@@ -225,11 +229,12 @@ class GroupLasso(StructuredCallback):
             norms = reading.norms().masked_fill_(dead[name], -1.0)
             spared = norms.argsort(descending=True, stable=True)[: self.groups.at_least]
             dead[name] |= (norms == 0).index_fill(0, spared, False)
-        if self.sparsity is not None and (last or (adaptive and not self._held)):
+        if self.sparsity is not None and (last or adaptive) and not self._held:
             dead = self.choose(self._worth(), dead, self._wanted(step))
         self.prune(dead, step, "budget" if last and not adaptive else "group lasso")
         gone = self.cost.gone(dead)
-        self._done = last or (self.sparsity is not None and gone >= self.sparsity - 1e-9)
+        # What the guard holds back goes as soon as it lets it.
+        self._done = (last and not self._held) or (self.sparsity is not None and gone >= self.sparsity - 1e-9)
         if not self._done:
             self._next(step, dead, gone)
         for logger in trainer.loggers:
@@ -254,13 +259,6 @@ class GroupLasso(StructuredCallback):
         self._weights = dict(weights_of(self.penalty.weights, self._readings, self.cost.saved(dead)))
         if self.penalty.kind == "growing" and self.sparsity is not None and not self._line:
             self._line = self.choose(self._worth(), dead, self.sparsity)
-
-    def _first_strength(self, trainer: Trainer) -> float:
-        """The middle unit falls by ``lr lambda w`` a step if no gradient holds it, and shall be gone after half of the span."""
-        settings = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        rate = max(max(group["lr"], group.get("initial_lr", 0.0)) for group in settings)
-        sizes = [r.norms() / math.sqrt(r.reads.size) for r in self._readings.values() if r.reads is not None]
-        return 2 * float(torch.cat(sizes).median()) / (rate * (self._end - self._start)) if rate else 1e-3
 
     # -- resuming and shrinking -----------------------------------------------------------------------------------------------
 
@@ -290,6 +288,11 @@ class GroupLasso(StructuredCallback):
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Take that back."""
         self.strength, self._best, self._held, self._done = (state[key] for key in ("strength", "best", "held", "done"))
+        if set(state["importance"]) != set(self._readings):
+            raise MaskStateError(
+                f"the checkpoint shrank {', '.join(state['importance'])}, this run {', '.join(self._readings)}; go on with the "
+                "groups it had, or start a new run from its weights"
+            )
         self._weights, self._line = dict(state["weights"]), dict(state["line"])
         for name, importance in state["importance"].items():
             self._readings[name].importance = importance.clone()

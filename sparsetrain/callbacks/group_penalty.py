@@ -128,13 +128,21 @@ def weights_of(kind: Weights, groups: Mapping[str, Reading], saved: Mapping[str,
     return {name: scale * saved[name] / math.sqrt(size) for name, size in sizes.items()}
 
 
+def first_strength(groups: Mapping[str, Reading], optimizers: Iterable[Optimizer], steps: int) -> float:
+    """Lambda with which the middle unit, held by no gradient, is gone after half of so many steps."""
+    settings = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rate = max(max(group["lr"], group.get("initial_lr", 0.0)) for group in settings)
+    sizes = [r.norms() / math.sqrt(r.reads.size) for r in groups.values() if r.reads is not None]
+    return 2 * float(torch.cat(sizes).median()) / (rate * steps) if rate else 1e-3
+
+
 @torch.no_grad()
 def shrink(penalty: Penalty, units: Units, optimizers: Iterable[Optimizer], strength: float, weights: Tensor | float) -> None:
     """Apply a proximal operator to one group, at the learning rate of the optimizer that trains it.
 
     ``"adaptive"`` has thresholds of its own, ``strength * weights``, whatever the learning rate.
     """
-    optimizer, settings = _owner(optimizers, units.parts[0].tensor)
+    optimizer, settings = trained_by(optimizers, units.parts[0].tensor, penalty)
     strength *= penalty.every
     if penalty.kind == "adaptive":
         group_soft_threshold(units, strength, weights)
@@ -155,11 +163,12 @@ def add_gradient(
     owned = {id(p) for settings in optimizer.param_groups for p in settings["params"]}
     for units in (group.reads, group.writes if penalty.kind == "ssl" else None):
         mine = [] if units is None else [p.tensor for p in units.parts if id(p.tensor) in owned and p.tensor.grad is not None]
-        if units is None or not mine:
+        if units is None or not mine or (penalty.kind == "growing" and going is None):
             continue
         with torch.enable_grad():
             if penalty.kind == "growing":
-                value = growing_l2(units, torch.ones(units.count) if going is None else going)
+                assert going is not None
+                value = growing_l2(units, going)
             elif penalty.kind == "hoyer":
                 value = group_hoyer_square(units)
             else:
@@ -168,18 +177,20 @@ def add_gradient(
             tensor.grad.add_(gradient, alpha=1.0 if penalty.kind == "growing" else strength)  # type: ignore[union-attr]
 
 
-def _owner(optimizers: Iterable[Optimizer], parameter: Tensor) -> tuple[Optimizer, dict[str, Any]]:
+def trained_by(optimizers: Iterable[Optimizer], parameter: Tensor, penalty: Penalty) -> tuple[Optimizer, dict[str, Any]]:
+    """The optimizer that trains a parameter, and its settings of it; raises `RecipeError` for none, and none of Adam's kind."""
     for optimizer in optimizers:
         for settings in optimizer.param_groups:
-            if any(p is parameter for p in settings["params"]):
+            if parameter.requires_grad and any(p is parameter for p in settings["params"]):
+                if penalty.kind == "prox_metric" and not {"betas", "eps"} <= settings.keys():
+                    raise RecipeError(
+                        f"penalty 'prox_metric' is in the metric of Adam's steps, and {type(optimizer).__name__} has none; use "
+                        "kind 'prox'"
+                    )
                 return optimizer, settings
     raise RecipeError("a group has weights that no optimizer trains: leave it out (groups.exclude), or train them")
 
 
 def _adam_steps(optimizer: Optimizer, settings: dict[str, Any], parameter: Tensor) -> Tensor:
-    memory = optimizer.state.get(parameter, {})
-    if "exp_avg_sq" not in memory:
-        raise RecipeError(
-            f"penalty 'prox_metric' is in the metric of Adam's steps, and {type(optimizer).__name__} has none; use kind 'prox'"
-        )
+    memory = optimizer.state[parameter]
     return adam_steps(settings["lr"], memory["exp_avg_sq"], settings["betas"][1], int(memory["step"]), settings["eps"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from sparsetrain.errors import RecipeError, nearest
 from sparsetrain.structure.groups import Kind
@@ -56,11 +57,16 @@ def first_training_sample(data: Any) -> Any:
         data.prepare_data()
         data.setup("fit")
         data = data.train_dataloader()
-    if isinstance(data, DataLoader) and hasattr(data.dataset, "__getitem__"):
+    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
         # Not through the loader, which would draw random numbers.
         fetch = getattr(data.dataset, "__getitems__", lambda indices: [data.dataset[i] for i in indices])
         return without_labels(data.collate_fn(fetch([0])))
-    return without_labels(next(iter(data), None))
+    if isinstance(data, DataLoader) or (isinstance(data, Iterable) and not isinstance(data, Mapping | list | tuple)):
+        return without_labels(next(iter(data), None))
+    raise RecipeError(
+        f"the training data are a {type(data).__name__}, of which no first sample can be told: set the model's "
+        "example_input_array, or give groups.sample"
+    )
 
 
 def without_labels(batch: Any) -> Any:

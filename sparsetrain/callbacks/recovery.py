@@ -37,9 +37,10 @@ class Recovery:
 
 @dataclass(frozen=True)
 class Guard:
-    """While ``monitor`` is worse than its best by more than ``margin`` (in its own units), nothing shrinks.
+    """While ``monitor`` is worse than its best by more than ``margin`` (in its own units), nothing shrinks and nothing goes.
 
-    ``mode`` "max" or "min" says which way is better. Raises `RecipeError` for another, or a margin below 0.
+    What it holds back to the end of training is told, and not pruned. ``mode`` "max" or "min" says which way is better.
+    Raises `RecipeError` for another mode, or a margin below 0.
 
     Example: ``Guard("val/accuracy", 0.01)``.
     """

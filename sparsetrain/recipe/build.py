@@ -184,6 +184,24 @@ def start_from(path: Path, model: nn.Module, method: SparsityCallback | None) ->
         method.manager.unclaimed = adopt_zeros(method.manager)
 
 
+def take_over(checkpoint: Path, model: LightningModule, method: SparsityCallback | None) -> None:
+    """Load weights, masks and the method's memory of a finished stage, to begin the next one.
+
+    Raises `MaskStateError` for a checkpoint of another model or without masks.
+    """
+    content = read_weights(checkpoint)
+    if isinstance(method, StructuredCallback):
+        method.catch_up((content.get("callbacks", {}).get(method.state_key) or {}).get("compacted", []))
+    check_weights(checkpoint, content["state_dict"], model)
+    model.load_state_dict(content["state_dict"])
+    if method is not None:
+        state = content.get("callbacks", {}).get(method.state_key)
+        if not state:
+            raise MaskStateError(f"{checkpoint} holds no masks of {type(method).__name__}; start the run anew")
+        method.masks.load_state_dict(state["masks"])
+        method.load_method_state(state["method"])
+
+
 def require_lightning(model: nn.Module) -> LightningModule:
     """Raise `RecipeError` if the model of a recipe is a plain network, which says nothing about training."""
     if not isinstance(model, LightningModule):

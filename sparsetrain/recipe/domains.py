@@ -27,7 +27,7 @@ from sparsetrain.checkpoints import read_weights
 from sparsetrain.continual.matrix import continual_metrics
 from sparsetrain.data import DomainSequence
 from sparsetrain.errors import DataError, MaskStateError, RecipeError
-from sparsetrain.recipe.build import Built, check_weights, instantiate, require_lightning
+from sparsetrain.recipe.build import Built, instantiate, require_lightning, take_over
 from sparsetrain.recipe.directory import LENGTH, flat, last_checkpoint, require_same_recipe
 from sparsetrain.recipe.metrics import main_metric, measured
 from sparsetrain.recipe.schema import parse_yaml, read_yaml
@@ -81,7 +81,8 @@ def run_domains(config: Namespace, built: Built, out: Path, text: str, beside: M
         print(f"domain {number + 1} of {count}: {sequence.domain}")
         # Every stage begins as if those before it had ended in another process.
         seed_everything(config.seed, workers=True, verbose=False)
-        stage = Built(model, sequence, method, [*(instantiate(config, "callbacks") or []), _WhenItTrains(keep)])
+        callbacks = [*(instantiate(config, "callbacks") or []), _WhenItTrains(keep)]
+        stage = Built(model, sequence, method, callbacks, built.lineage)
         last = last_checkpoint(stages[number])
         resume = last if last.is_file() else None
         fit(config, stage, stages[number], text, resume, 0 if resume is None else int(read_weights(last)["global_step"]))
@@ -140,22 +141,6 @@ def check_domains(out: Path, text: str, names: list[str]) -> None:
         )
     if changed and learned:
         print(f"{', '.join(changed)}: {', '.join(learned)} stay as they were trained")
-
-
-def take_over(checkpoint: Path, model: LightningModule, method: SparsityCallback | None) -> None:
-    """Load weights, masks and the method's memory of a finished stage, to begin the next one.
-
-    Raises `MaskStateError` for a checkpoint of another model or without masks.
-    """
-    content = read_weights(checkpoint)
-    check_weights(checkpoint, content["state_dict"], model)
-    model.load_state_dict(content["state_dict"])
-    if method is not None:
-        state = content.get("callbacks", {}).get(method.state_key)
-        if not state:
-            raise MaskStateError(f"{checkpoint} holds no masks of {type(method).__name__}; start the run anew")
-        method.masks.load_state_dict(state["masks"])
-        method.load_method_state(state["method"])
 
 
 def _order(recipe: dict[str, Any]) -> list[str]:

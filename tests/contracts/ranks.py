@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 from transformers.pytorch_utils import Conv1D
 
-from sparsetrain.callbacks import PruneFinetune
+from sparsetrain.callbacks import GroupLasso, Groups, Penalty, PruneFinetune
 from sparsetrain.errors import SparsetrainError
 from sparsetrain.masks import MaskManager, Override, sharding
 from sparsetrain.pruning import prune
@@ -355,6 +355,25 @@ def fit_plainly(callback: Callback, max_steps: int, model: Net | None = None) ->
     )
     trainer.fit(model, DataLoader(data(), batch_size=4, shuffle=True), DataLoader(data(), batch_size=40))
     return model
+
+
+def shrunk() -> dict[str, Any]:
+    """Units taken out at the end by group lasso, and what it says to taking them out in between, and to a sharded model."""
+    method = GroupLasso(0.5, span=("2st", "8st"), penalty=Penalty(every=1), compact="end")
+    model = fit_plainly(method, max_steps=10)
+    between = GroupLasso(0.5, span=("2st", "8st"), penalty=Penalty(every=1), compact="3st")
+    sample = Groups(sample=torch.zeros(1, 24))
+    sharded = GroupLasso(0.5, span=("2st", "8st"), penalty=Penalty(every=1), groups=sample)
+    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(
+        accelerator="cpu", devices=RANKS, strategy=ModelParallelStrategy(RANKS, 1), callbacks=[sharded], max_steps=10, **silent
+    )
+    return {
+        "weights": model.state_dict(),
+        "left": method.left(),
+        "between": said(lambda: fit_plainly(between, max_steps=10)),
+        "sharded": said(lambda: trainer.fit(ShardedNet(), DataLoader(data(), batch_size=8))),
+    }
 
 
 def said(function: Callable[[], Any]) -> str:

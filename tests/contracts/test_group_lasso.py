@@ -11,10 +11,11 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from sparsetrain.callbacks import GroupLasso, Groups, Guard, Penalty, group_lasso
+from sparsetrain.callbacks import GroupLasso, Groups, Guard, Penalty, group_lasso, group_penalty
 from sparsetrain.errors import MaskStateError, RecipeError, TargetError
+from sparsetrain.structure import find_structure
 
 from .promises import same_bits
 from .test_resume import SaveAlways, Trace
@@ -309,6 +310,10 @@ def test_groups_that_are_left_out_stay_whole() -> None:
         (lambda: Groups(kinds=("filters",)), r"kinds has 'filters'.*filter"),
         (lambda: Groups(kinds=()), r"kinds is empty"),
         (lambda: Groups(at_least=0), r"at_least=0"),
+        (
+            lambda: GroupLasso(penalty=Penalty("ssl", strength=0.1)),
+            r"'ssl' is a term of the loss and makes nothing zero",
+        ),
         (lambda: method(penalty=Penalty("prox"), groups=Groups(alike=True)), r"groups\.alike needs penalty 'adaptive'"),
     ],
 )
@@ -322,7 +327,8 @@ def test_what_is_out_of_range_is_refused(make: Callable[[], Any], message: str) 
     [
         ({"span": ("5st", "5st")}, r"from step 5 to step 5"),
         ({"span": ("5st", "50st")}, r"to step 50 of 16"),
-        ({"sparsity": 0.99}, r"with at_least=1 units in each of 2 groups at most 0\.9"),
+        ({"sparsity": 0.99}, r"with at_least=1, multiple=1 in 2 groups at most 0\.9"),
+        ({"sparsity": 0.8, "groups": Groups(multiple=8)}, r"multiple=8 in 2 groups at most 0\.6"),
         ({"compact": "0st"}, r"never"),
         ({"groups": Groups(kinds=("head",))}, r"no group of kind head.*net\.fc1 \(neuron\): not asked for"),
         ({"guard": Guard("val/f1", 0.1)}, r"guard\.monitor 'val/f1' is not logged; logged are val/accuracy"),
@@ -339,3 +345,95 @@ def test_weights_nobody_trains_are_refused() -> None:
     module.make_optimizer = lambda parameters: torch.optim.SGD(module.net.fc1.parameters(), lr=0.1)
     with pytest.raises(RecipeError, match="weights that no optimizer trains"):
         trainer(method(), max_epochs=2).fit(module, *loaders())
+
+
+def test_steps_that_overflow_are_not_counted() -> None:
+    """As under AMP: the gradient of a step that is skipped says nothing of importance."""
+    reading = group_penalty.Reading(net := Net(), find_structure(net, torch.zeros(1, 8))["fc1"])
+    net(torch.ones(2, 8)).sum().backward()
+    reading.watch(0.5)
+    before = reading.importance.clone()
+    assert net.fc2.weight.grad is not None
+    net.fc2.weight.grad[0, 0] = float("inf")
+    reading.watch(0.5)
+    assert torch.equal(reading.importance, before)
+    assert float(before.max()) > 0
+
+
+def test_importance_is_what_the_loss_would_miss_to_first_order() -> None:
+    """Of unit u: the square of ``sum_i w_i dL/dw_i``, which autograd gives as the derivative by a factor of the unit."""
+    torch.manual_seed(0)
+    net, x = Net().double(), torch.randn(6, 8).double()
+    reading = group_penalty.Reading(net, find_structure(net, x)["fc1"])
+    factor = torch.ones(16, dtype=torch.float64, requires_grad=True)
+    hidden = torch.relu(net.fc1(x)) * factor
+    loss = net.head(torch.tanh(net.fc2(hidden))).square().sum()
+    (derivative,) = torch.autograd.grad(loss, factor, retain_graph=True)
+    loss.backward()
+    reading.watch(0.0)
+    torch.testing.assert_close(reading.importance, derivative.square().float())
+
+
+@pytest.mark.parametrize("kind", ["adaptive", "prox"])
+def test_it_goes_with_accumulation_and_manual_optimization(kind: Any) -> None:
+    lasso = method(penalty=Penalty(kind, every=1), span=("2st", "6st"))
+    fit(lasso, accumulate_grad_batches=2)
+    assert lasso.gone() >= 0.6
+
+    class Manual(Task):
+        def __init__(self) -> None:
+            super().__init__(optimizer=sgd)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            return loss
+
+    lasso = method(penalty=Penalty(kind, every=1), compact="3st")
+    module = Manual()
+    trainer(lasso, max_epochs=2).fit(module, *loaders())
+    assert lasso.gone() >= 0.6
+    assert module.net.fc2.weight.shape != (16, 16)
+
+
+def test_frozen_weights_are_refused_before_anything_shrinks() -> None:
+    for penalty in (Penalty(every=1), Penalty("subgradient", every=1, strength=0.1)):
+        module = task(scheduler=True, optimizer=sgd)
+        module.net.head.requires_grad_(False)
+        with pytest.raises(RecipeError, match="weights that no optimizer trains"):
+            trainer(method(penalty=penalty), max_epochs=2).fit(module, *loaders())
+        assert bool((module.net.fc2.weight != 0).all())
+
+
+def test_a_checkpoint_of_other_groups_is_refused(tmp_path: Path) -> None:
+    fit(method(groups=Groups(kinds=("neuron", "input"))), SaveAlways(tmp_path))
+    with pytest.raises(MaskStateError, match=r"shrank net\.fc1.*inputs.*this run net\.fc1"):
+        fit(method(), checkpoint=tmp_path / "05-step.ckpt", seed=1234)
+
+
+def test_what_the_guard_holds_back_to_the_end_is_told_and_not_pruned() -> None:
+    def gone(margin: float) -> float:
+        lasso = method(guard=Guard("val/accuracy", margin), span=("9st", "14st"))
+        fit(lasso, Best(lasso))
+        return lasso.gone()
+
+    with pytest.warns(UserWarning, match=r"0\.6 were asked; it is held back by the guard"):
+        assert gone(0.5) == 0.0
+    assert gone(3.0) >= 0.6
+
+
+def test_streams_and_loaders_without_a_first_sample() -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            for _ in range(8):
+                yield torch.randn(8), torch.tensor(1)
+
+    lasso = method(0.2, span=("1st", "3st"))
+    trainer(lasso, max_epochs=1).fit(task(optimizer=sgd), DataLoader(Stream(), batch_size=2), loaders()[1])
+    assert lasso.gone() >= 0.2
+    with pytest.raises(RecipeError, match=r"training data are a dict.*example_input_array"):
+        trainer(method(), max_epochs=1).fit(task(), {"one": loaders()[0]}, loaders()[1])

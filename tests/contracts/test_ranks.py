@@ -49,6 +49,7 @@ def work(folder: Path) -> dict[str, Any]:
         "adopted": {wrap: adopted(WRAPS[wrap]) for wrap in ("ddp", "fsdp", "hybrid")},
         "after validation": after_validation(fsdp),
         "left gathered": left_gathered(),
+        "shrunk": on.shrunk(),
         "runs": {
             "a loop, DDP": on.loop(ddp),
             "a loop, FSDP2": on.loop(fsdp),
@@ -258,6 +259,16 @@ def test_pruning_after_a_validation(ranks: Ranks) -> None:
         assert same(rank["after validation"]["states"], expected["states"])
         torch.testing.assert_close(rank["after validation"]["output"], expected["output"])
         assert "Error" in rank["left gathered"]
+
+
+def test_units_taken_out_are_the_same_on_both_ranks(ranks: Ranks) -> None:
+    first, second = (rank["shrunk"] for rank in ranks)
+    assert first["left"] == second["left"]
+    assert same(first["weights"], second["weights"])
+    assert first["weights"]["fc1.weight"].shape[0] == first["left"]["fc1"][0] < 33
+    for rank in (first, second):
+        assert "2 processes share their gradients by shapes; use compact: end" in rank["between"]
+        assert "sharded (FSDP2): use DDP, or one process" in rank["sharded"]
 
 
 RUNS = [

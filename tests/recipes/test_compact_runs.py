@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from sparsetrain.callbacks import GroupLasso
 from tests.recipes.conftest import Cli
 from tests.recipes.test_resume import assert_equal_runs
-from tests.recipes.test_run import metrics, weights
+from tests.recipes.test_run import metrics, same, weights
 
 TINY = """\
 question: Does it shrink?
@@ -126,3 +126,38 @@ def test_without_its_history_a_start_is_refused(tiny: Path, cli: Cli, monkeypatc
     assert "is of another model" in ended.err
     assert not Path("second").exists()
     assert isinstance(torch.load("first/checkpoints/final.ckpt", weights_only=True), dict)
+
+
+DOMAINS = TINY.replace(
+    """data:
+  class_path: VisionData
+  init_args: {name: digits, batch_size: 100}
+""",
+    """data:
+  class_path: DomainSequence
+  init_args:
+    domains:
+      a: {class_path: VisionData, init_args: {name: digits, batch_size: 100}}
+      b: {class_path: VisionData, init_args: {name: digits, batch_size: 50, validation: 0.3}}
+""",
+)
+
+
+def test_a_smaller_model_goes_on_with_the_next_domain(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.write_text(DOMAINS, encoding="utf-8")
+    ended = cli("run", tiny, "--out", "whole")
+    assert (ended.code, ended.err) == (0, "")
+    assert widths("whole")[0] < 16
+    plain = GroupLasso.begin_domain
+
+    def begin_domain(self: GroupLasso, trainer: Trainer, index: int, name: str) -> None:
+        plain(self, trainer, index, name)
+        if name == "b":
+            monkeypatch.setattr(GroupLasso, "begin_domain", plain)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(GroupLasso, "begin_domain", begin_domain)
+    assert cli("run", tiny, "--out", "broken").code == 130
+    ended = cli("run", tiny, "--out", "broken", "--ckpt_path", "last")
+    assert (ended.code, ended.err) == (0, "")
+    assert same(weights("whole"), weights("broken"))
