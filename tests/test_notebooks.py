@@ -96,6 +96,7 @@ def test_there_are_notebooks():
         "dense_to_sparse",
         "one_mask_for_many_domains",
         "prune_a_language_model",
+        "smaller_while_it_trains",
         "sparse_from_the_start",
         "what_to_prune",
     ]

@@ -69,8 +69,11 @@ def test_a_recipe_plans_without_a_problem(path: Path) -> None:
 def test_an_experiment_names_a_recipe_and_overrides_it_knows(path: Path) -> None:
     experiment = load_experiment(path)
     jobs, _ = experiment_jobs(experiment, path, Path("work"))
-    assert len(jobs) >= len(experiment["seeds"])
-    for job in jobs:
+    seeds = experiment["seeds"]
+    assert len(jobs) >= len(seeds)
+    # Seeds differ in numbers, and by_seed: every row of the first, and one of each other.
+    first, _ = experiment_jobs({**experiment, "seeds": seeds[:1]}, path, Path("work"))
+    for job in [*first, *(experiment_jobs({**experiment, "seeds": [seed]}, path, Path("work"))[0][-1] for seed in seeds[1:])]:
         load_recipe(job.command[1], job.command[2:])
 
 
