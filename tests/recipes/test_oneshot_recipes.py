@@ -346,20 +346,21 @@ def test_the_reference_experiment_in_small(tiny: Path, monkeypatch: pytest.Monke
     )
     result = load_result(record(path, work=Path("work"), results=Path("results")))
     assert check_result(result) == []
-    # The dense model, from its own seed; five criteria, of which magnitude is the reference row too; full and adapters.
-    assert [c[c.index("--seed") + 1] for c in started] == ["0", *"1111111"]
+    # The dense model, from its own seed; five criteria, of which magnitude is the reference row too; full and adapters, twice.
+    assert [c[c.index("--seed") + 1] for c in started] == ["0", *"111111111"]
     assert "--init_from" not in started[0]
-    reference, *criteria, full, lora = result["rows"]
+    reference, *criteria, full, lora, full_wanda, lora_wanda = result["rows"]
+    tuned = (full, lora, full_wanda, lora_wanda)
     assert (reference["sparsity"], reference["pattern"], reference["compression"]) == (0, "dense", 1)
     dense = metrics("work/small/dense-seed0")["final"]["test/perplexity"]
     assert reference["values"][0] != pytest.approx(dense)  # measured on 6 windows, not on all
-    assert [row["sparsity"] for row in (*criteria, full, lora)] == [0.5] * 7
+    assert [row["sparsity"] for row in (*criteria, *tuned)] == [0.5] * 9
     assert len({row["mean"] for row in criteria}) == 5
     goals = [row["goal"] for row in criteria]
     assert goals == [None, criteria[0]["mean"], criteria[0]["mean"], criteria[1]["mean"], criteria[3]["mean"]]
     between = sorted([reference["mean"], criteria[-1]["mean"]])
     assert between[0] <= full["goal"] <= between[1]
-    for row in (full, lora):
+    for row in tuned:
         assert row["met"] is (row["mean"] <= row["goal"])
     merged = weights("work/small/row7-seed1")
     assert not any("lora" in name for name in merged)
