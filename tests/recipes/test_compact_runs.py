@@ -11,27 +11,19 @@ import torch
 from lightning.pytorch import Trainer
 
 from sparsetrain.callbacks import GroupLasso
+from tests.recipes.conftest import TINY as MASKED
 from tests.recipes.conftest import Cli
-from tests.recipes.test_resume import assert_equal_runs
+from tests.recipes.test_resume import assert_equal_runs, interrupt_at
 from tests.recipes.test_run import metrics, same, weights
 
-TINY = """\
-question: Does it shrink?
-seed: 3
-model:
-  class_path: Classification
-  init_args:
-    network: {class_path: MLP, init_args: {in_features: 64, hidden: [16, 16], num_classes: 10}}
-    optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1, momentum: 0.9}}
-data:
-  class_path: VisionData
-  init_args: {name: digits, batch_size: 100}
+SHRINKING = """\
 method:
   class_path: GroupLasso
   init_args: {sparsity: 0.5, span: [4st, 18st], penalty: {class_path: Penalty, init_args: {every: 1}}, compact: 5st}
 trainer: {max_epochs: 2}
 checkpoint_every: 2st
 """
+TINY = MASKED.partition("method:")[0] + SHRINKING
 FULL = 64 * 16 + 16 + 16 * 16 + 16 + 16 * 10
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -40,18 +32,6 @@ pytestmark = pytest.mark.usefixtures("no_report")
 def widths(out: str) -> tuple[int, int]:
     found = weights(out)
     return found["network.fc1.weight"].shape[0], found["network.fc2.weight"].shape[0]
-
-
-def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = GroupLasso.on_step
-
-    def on_step(self: GroupLasso, trainer: Trainer, now: int) -> None:
-        plain(self, trainer, now)
-        if now == step:
-            monkeypatch.setattr(GroupLasso, "on_step", plain)
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(GroupLasso, "on_step", on_step)
 
 
 def test_the_directory_counts_what_was_taken_out(tiny: Path, cli: Cli) -> None:
@@ -88,7 +68,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     step: int, tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert cli("run", tiny, "--out", "whole").code == 0
-    interrupt_at(step, monkeypatch)
+    interrupt_at(step, monkeypatch, GroupLasso)
     assert cli("run", tiny, "--out", "broken").code == 130
     ended = cli("run", tiny, "--out", "broken", "--ckpt_path", "last")
     assert (ended.code, ended.err) == (0, "")
@@ -101,7 +81,7 @@ def test_a_run_starts_from_a_compact_one_and_goes_on_when_interrupted(
     assert cli("run", tiny, "--out", "first").code == 0
     start = ("--init_from", "first", "--method.sparsity", "0.3")
     assert cli("run", tiny, *start, "--out", "whole").code == 0
-    interrupt_at(12, monkeypatch)
+    interrupt_at(12, monkeypatch, GroupLasso)
     assert cli("run", tiny, *start, "--out", "broken").code == 130
     assert cli("run", tiny, *start, "--out", "broken", "--ckpt_path", "last").code == 0
     assert_equal_runs("whole", "broken")

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 
-from sparsetrain.callbacks import PruneFinetune
+from sparsetrain.callbacks import PruneFinetune, SparsityCallback
 from sparsetrain.callbacks.progress import EpochLines
 from sparsetrain.masks import load_masks
 from sparsetrain.tasks import Classification
@@ -43,17 +43,17 @@ def assert_equal_runs(one: str, other: str) -> None:
         assert files[name] == others[name]
 
 
-def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C right after an optimizer step."""
-    plain = PruneFinetune.on_step
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, method: type[SparsityCallback] = PruneFinetune) -> None:
+    """Ctrl-C right after an optimizer step of a method."""
+    plain = method.on_step
 
-    def on_step(self: PruneFinetune, trainer: Trainer, now: int) -> None:
+    def on_step(self: SparsityCallback, trainer: Trainer, now: int) -> None:
         plain(self, trainer, now)
         if now == step:
-            monkeypatch.setattr(PruneFinetune, "on_step", plain)
+            monkeypatch.setattr(method, "on_step", plain)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(PruneFinetune, "on_step", on_step)
+    monkeypatch.setattr(method, "on_step", on_step)
 
 
 @pytest.mark.parametrize(("step", "every"), [(20, "1ep"), (11, "2st"), (10, "7st"), (26, "1ep")])

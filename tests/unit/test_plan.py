@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import resource
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,7 @@ import torch
 
 from sparsetrain.cli import main
 from sparsetrain.errors import SparsetrainError
-from sparsetrain.recipe import load_recipe, plan, run
-from sparsetrain.recipe.build import instantiate
+from sparsetrain.recipe import plan, run
 
 VISION = """\
 model:
@@ -149,13 +148,11 @@ def test_problems_of_data_and_schedule_are_told_too(vision: Path, tmp_path: Path
     assert any("nowhere" in problem for problem in missing.problems)
 
 
-def test_seven_billion_weights_in_two_seconds(llama: Path) -> None:
-    with torch.device("meta"):
-        instantiate(load_recipe(llama), "model")  # imports
-    began = time.perf_counter()
+def test_seven_billion_weights_without_their_memory(llama: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = plan(llama)
-    seconds = time.perf_counter() - began
-    assert seconds < 2
+    more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert more < 1 << 20  # KiB: less than a gibibyte, where the weights alone would be 26
     assert found.problems == []
     # 32 blocks of 4 * 4096^2 + 3 * 4096 * 11008; embedding and head 32000 * 4096 each; 65 norms of 4096.
     prunable = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
