@@ -13,7 +13,7 @@ from sparsetrain.report.domains import domain_facts, domains_plot
 from sparsetrain.report.plots import data_uri, mask_pictures, training_plot
 from sparsetrain.report.rounds import round_metric, round_rows, rounds_plot
 from sparsetrain.report.run_directory import Run, read_run
-from sparsetrain.report.tables import metric_rows
+from sparsetrain.report.tables import metric_rows, unit_rows
 
 FOLD = 12
 MOST_SINGLE = 40
@@ -115,6 +115,7 @@ def _context(run: Run, name: str) -> dict[str, Any]:
         "rounds_plot": data_uri(drawn, "image/svg+xml") if drawn else "",
         "domains_plot": data_uri(domains, "image/svg+xml") if domains else "",
         "domain_facts": domain_facts(metrics),
+        "units": unit_rows(metrics),
         "notes": run.notes,
         "pictures": mask_pictures(run.masks),
         "masks": len(run.masks),

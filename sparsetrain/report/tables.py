@@ -22,6 +22,18 @@ from sparsetrain.report.wording import (
     value_text,
 )
 
+#: With more groups of units than these the printed table adds them up; the report has all.
+_MOST_GROUPS = 8
+
+
+def unit_rows(metrics: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """Group, units left, units at first; empty where whole units were not pruned.
+
+    Example: ``unit_rows({"method": {"structure": {"units": {"fc1": [39, 300]}}}})`` is ``[("fc1", 39, 300)]``.
+    """
+    units = ((metrics.get("method") or {}).get("structure") or {}).get("units") or {}
+    return [(name, int(left), int(of)) for name, (left, of) in units.items()]
+
 
 def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, float | None, float | None, float | None]]:
     """Return (name, dense, final, best) for every recorded metric, the run's own first, ``error`` beside accuracy.
@@ -82,6 +94,11 @@ def result_table(metrics: Mapping[str, Any]) -> Table:
         table.add_section()
         add("sparsity", "0 %", percent(sparsity["actual"]), asked, "")
         add("weights kept", number(sparsity["prunable"]), number(sparsity["kept"]), factor, "")
+    units = unit_rows(metrics)
+    if len(units) > _MOST_GROUPS:
+        units = [("all groups", sum(left for _, left, _ in units), sum(of for _, _, of in units))]
+    for group, alive, first in units:
+        add(f"units: {group}", number(first), number(alive), f"{percent(alive / first)} left", "")
     if removed := (metrics.get("method") or {}).get("removed"):
         add("blocks removed", "0", str(len(removed)), "", "")
     if flops := metrics.get("flops"):

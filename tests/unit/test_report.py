@@ -282,6 +282,18 @@ ROUNDS = [
 ]
 
 
+def test_units_left_are_told(run: Path) -> None:
+    few = {"method": {"structure": {"units": {"fc1": [39, 300], "fc2": [49, 100]}}}}
+    assert "Units left" not in page(run)
+    text = page(run, **few)
+    assert "Units left" in text
+    assert '<tr><td>fc1</td><td class="n">300</td><td class="n">39</td><td class="n">13.0 %</td></tr>' in text
+    rows = printed(result_table(metrics(**few)), 100)
+    assert re.search(r"units: fc2 +│ +100 │ +49 │ +49.0 % left", rows)
+    many = {"method": {"structure": {"units": {f"h.{i}": [1, 4] for i in range(9)}}}}
+    assert re.search(r"units: all groups +│ +36 │ +9 │ +25.0 % left", printed(result_table(metrics(**many)), 100))
+
+
 def test_rounds_are_a_table_and_a_plot(run: Path) -> None:
     text = page(run, method={"rounds": ROUNDS})
     rounds = re.search(r'<table class="rounds">.*?</table>', text, re.DOTALL)
