@@ -139,9 +139,10 @@ class GroupLasso(StructuredCallback):
         if self.sparsity is not None and gone < self.sparsity - 1e-9:
             way = "it is held back by the guard" if self._held else f"train past the end of span ({self.span[1]})"
             return f"{gone:.4g} of the {self.budget} are gone, {self.sparsity:g} were asked; {way}, or let it end earlier"
-        if gone or self.sparsity is not None:
-            return None
-        return f"no unit became zero with strength {self.penalty.strength}; raise it, or ask for a sparsity"
+        nothing = self.sparsity is None and not gone
+        return (
+            f"no unit became zero with strength {self.penalty.strength}; raise it, or ask for a sparsity" if nothing else None
+        )
 
     # -- training -----------------------------------------------------------------------------------------------------------
 
@@ -160,9 +161,11 @@ class GroupLasso(StructuredCallback):
             assert reading.reads is not None
             for part in reading.reads.parts:
                 trained_by(trainer.optimizers, part.tensor, self.penalty)
+        if self.guard is not None and not trainer.enable_validation:
+            raise RecipeError("guard watches a metric of validation, and this run has none: give validation data, or no guard")
         if not resumed:
-            steps = self._end - self._start
-            self.strength = self.penalty.strength or first_strength(self._readings, trainer.optimizers, steps)
+            self._weights, self._line, self._held, self._done = {}, {}, False, False
+            self.strength = self.penalty.strength or first_strength(self._readings, trainer.optimizers, self._end - self._start)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at gradients for importance; add the gradient of penalties that are terms of the loss."""
@@ -198,8 +201,8 @@ class GroupLasso(StructuredCallback):
             return
         # One rank decides, as in every method that watches a metric.
         value = float(trainer.strategy.broadcast(self.guard.value(trainer.callback_metrics)))
-        self._best = value if self._best is None else max(self._best, value)
-        self._held = self.guard.trips(value, self._best)
+        self._best = max(value, -math.inf if self._best is None else self._best) if value == value else self._best
+        self._held = self.guard.trips(value, value if self._best is None else self._best)
 
     def _on(self, step: int) -> bool:
         return self._start < step <= self._end and not self._held and not self._done
@@ -233,7 +236,6 @@ class GroupLasso(StructuredCallback):
             dead = self.choose(self._worth(), dead, self._wanted(step))
         self.prune(dead, step, "budget" if last and not adaptive else "group lasso")
         gone = self.cost.gone(dead)
-        # What the guard holds back goes as soon as it lets it.
         self._done = (last and not self._held) or (self.sparsity is not None and gone >= self.sparsity - 1e-9)
         if not self._done:
             self._next(step, dead, gone)

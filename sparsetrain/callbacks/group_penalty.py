@@ -87,10 +87,11 @@ class Reading:
 
     def __init__(self, model: nn.Module, group: CoupledGroup) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        read = {(cut.name, cut.dim) for layer in find_layers(model)[0] for cut in layer.reads}
+        # By identity: a tied weight has several names, and may be read under another than it is cut.
+        read = {(id(parameters[cut.name]), cut.dim) for layer in find_layers(model)[0] for cut in layer.reads}
         weights = [slot for slot in group.slots if not slot.buffer and parameters[slot.tensor].ndim > 1]
-        self.reads = self._units(parameters, [slot for slot in weights if (slot.tensor, slot.dim) in read])
-        self.writes = self._units(parameters, [slot for slot in weights if (slot.tensor, slot.dim) not in read])
+        self.reads = self._units(parameters, [slot for slot in weights if (id(parameters[slot.tensor]), slot.dim) in read])
+        self.writes = self._units(parameters, [slot for slot in weights if (id(parameters[slot.tensor]), slot.dim) not in read])
         self.importance = torch.zeros(group.units)
 
     @staticmethod
@@ -147,6 +148,8 @@ def shrink(penalty: Penalty, units: Units, optimizers: Iterable[Optimizer], stre
     if penalty.kind == "adaptive":
         group_soft_threshold(units, strength, weights)
     elif penalty.kind == "prox_metric":
+        if any(not optimizer.state.get(part.tensor) for part in units.parts):
+            return  # no step has been taken yet
         steps = [_adam_steps(optimizer, settings, part.tensor) for part in units.parts]
         metric_group_soft_threshold(units, steps, strength, weights)
     elif penalty.l1:
@@ -183,14 +186,18 @@ def trained_by(optimizers: Iterable[Optimizer], parameter: Tensor, penalty: Pena
         for settings in optimizer.param_groups:
             if parameter.requires_grad and any(p is parameter for p in settings["params"]):
                 if penalty.kind == "prox_metric" and not {"betas", "eps"} <= settings.keys():
-                    raise RecipeError(
-                        f"penalty 'prox_metric' is in the metric of Adam's steps, and {type(optimizer).__name__} has none; use "
-                        "kind 'prox'"
-                    )
+                    raise _not_adam(optimizer)
                 return optimizer, settings
     raise RecipeError("a group has weights that no optimizer trains: leave it out (groups.exclude), or train them")
 
 
 def _adam_steps(optimizer: Optimizer, settings: dict[str, Any], parameter: Tensor) -> Tensor:
     memory = optimizer.state[parameter]
+    if "exp_avg_sq" not in memory:
+        raise _not_adam(optimizer)
     return adam_steps(settings["lr"], memory["exp_avg_sq"], settings["betas"][1], int(memory["step"]), settings["eps"])
+
+
+def _not_adam(optimizer: Optimizer) -> RecipeError:
+    kind = type(optimizer).__name__
+    return RecipeError(f"penalty 'prox_metric' is in the metric of Adam's steps, and {kind} has none; use kind 'prox'")

@@ -59,7 +59,7 @@ class Guard:
 
     def trips(self, value: float, best: float) -> bool:
         """Whether a value is too far below the best. Example: ``Guard("val/accuracy", 0.01).trips(0.97, 0.99)`` is True."""
-        return best - value > self.margin
+        return not best - value <= self.margin  # and so for NaN
 
 
 def _value(whose: str, monitor: str, mode: str, metrics: Mapping[str, Any]) -> float:

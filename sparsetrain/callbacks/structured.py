@@ -191,7 +191,11 @@ class StructuredCallback(SparsityCallback):
         model, old = trainer.lightning_module, self.masks
         old.detach()
         copies, optimizers = averaged_copies(trainer), trainer.optimizers
-        done = compact(model, self.structure, dead, self._sample, optimizers=optimizers, copies=copies)
+        try:
+            done = compact(model, self.structure, dead, self._sample, optimizers=optimizers, copies=copies)
+        except BaseException:
+            self.attach(trainer)  # everything is as it was, and stays masked
+            raise
         self._renew(done, dead)
         self.attach(trainer)
         self.log_sparsity(trainer)

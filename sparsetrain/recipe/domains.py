@@ -176,7 +176,7 @@ def _gone(sequence: DomainSequence, learned: int) -> set[int]:
         try:
             sequence.prepare_data()
             sequence.setup("test")
-        except (DataError, OSError) as error:  # files of somebody's own data module
+        except (DataError, FileNotFoundError, NotADirectoryError) as error:  # files of somebody's own data module
             if number >= learned:
                 raise error if isinstance(error, DataError) else DataError(f"domain {name!r}: {error}") from error
             found.add(number)

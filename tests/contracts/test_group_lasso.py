@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from sparsetrain.callbacks import GroupLasso, Groups, Guard, Penalty, group_lasso, group_penalty
+from sparsetrain.callbacks import GroupLasso, Groups, Guard, Penalty, group_lasso, group_penalty, structured
 from sparsetrain.errors import MaskStateError, RecipeError, TargetError
 from sparsetrain.structure import find_structure
 
@@ -437,3 +437,51 @@ def test_streams_and_loaders_without_a_first_sample() -> None:
     assert lasso.gone() >= 0.2
     with pytest.raises(RecipeError, match=r"training data are a dict.*example_input_array"):
         trainer(method(), max_epochs=1).fit(task(), {"one": loaders()[0]}, loaders()[1])
+
+
+class Tied(nn.Module):
+    """A tied head reads the embedding's features under another name than they are cut by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.mid, self.head = nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 12, bias=False)
+        self.head.weight = self.emb.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        e = self.emb(x)
+        logits: Tensor = self.head(e + self.mid(e))
+        return logits
+
+
+def test_a_tied_head_reads_too() -> None:
+    net = Tied()
+    group = find_structure(net, torch.arange(6)[None])["emb"]
+    reads = group_penalty.Reading(net, group).reads
+    assert reads is not None
+    assert {id(part.tensor) for part in reads.parts} == {id(net.emb.weight), id(net.mid.weight)}
+
+
+def test_a_guard_that_sees_nothing_or_nan_is_no_open_door() -> None:
+    assert Guard("val/accuracy", 0.1).trips(float("nan"), 0.9)
+    with pytest.raises(RecipeError, match="guard watches a metric of validation"):
+        fit(method(guard=Guard("val/accuracy", 0.1)), limit_val_batches=0)
+
+
+def test_a_second_fit_shrinks_again() -> None:
+    lasso = method(None, penalty=Penalty("prox", every=1, strength=14.0))
+    module = task(scheduler=True)
+    trainer(lasso, max_epochs=2).fit(module, *loaders())
+    left = sum(count for count, _ in lasso.left().values())
+    trainer(lasso, max_epochs=2).fit(module, *loaders())
+    assert sum(count for count, _ in lasso.left().values()) < left
+
+
+def test_what_cannot_be_taken_out_stays_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise TargetError("nobody knows how to cut that")
+
+    monkeypatch.setattr(structured, "compact", refuse)
+    lasso = method(compact="3st")
+    with pytest.raises(TargetError, match="nobody knows"):
+        fit(lasso)
+    assert lasso.masks.optimizers
