@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor, nn
 
+from sparsetrain.callbacks import PackNet, Supermask
 from sparsetrain.callbacks.groups import first_training_sample
 from sparsetrain.checkpoints import matching, read_weights, require_merged
 from sparsetrain.data.tokenized import TokenizedData
@@ -60,6 +60,14 @@ def export_run(run: Path, out: Path, fast: bool = False, overwrite: bool = False
     if not (run / "config.yaml").is_file():
         raise RecipeError(f"{run} is no run directory: it has no config.yaml; give what `sparsetrain run` wrote with --out")
     config = load_recipe(run / "config.yaml")
+    if config.method is not None and isinstance(instantiate(config, "method"), PackNet | Supermask):
+        raise ExportError(
+            f"the method of {run} serves every task by a mask of its own: there is no one network to write. Serve it in code: "
+            "with method.serving(index, name) around each task"
+        )
+    out = out.resolve()
+    if run.resolve().is_relative_to(out):
+        raise RecipeError(f"{out} holds the run that is exported; choose another folder")
     _require_place(out, overwrite)
     with quiet():
         network, records = _network(config, run)
@@ -73,7 +81,7 @@ def export_run(run: Path, out: Path, fast: bool = False, overwrite: bool = False
             else:
                 load, notes = _write_compact(config, network, records, sample, partial)
             if out.exists():
-                shutil.rmtree(out)
+                out.rename(Path(scratch) / "old")
             partial.rename(out)
     parameters = list(network.parameters())
     nonzero = sum(int((p != 0).sum()) for p in parameters)
@@ -91,6 +99,7 @@ def _require_place(out: Path, overwrite: bool) -> None:
 def _parent(out: Path) -> Path:
     try:
         out.resolve().parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=out.resolve().parent).cleanup()
     except OSError as error:
         raise RecipeError(f"{out} cannot be written: {error}; choose another folder") from error
     return out.resolve().parent

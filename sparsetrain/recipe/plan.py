@@ -24,7 +24,7 @@ from sparsetrain.data import DomainSequence
 from sparsetrain.errors import PatternError, RecipeError, SparsetrainError
 from sparsetrain.masks import MaskManager
 from sparsetrain.patterns import Sparsity, UnitPattern, exact
-from sparsetrain.recipe.build import as_recipe_error, instantiate
+from sparsetrain.recipe.build import as_recipe_error, instantiate, shorten, taken_out
 from sparsetrain.recipe.domains import require_references
 from sparsetrain.recipe.flops import example_input, uses
 from sparsetrain.recipe.schema import load_recipe
@@ -89,6 +89,9 @@ def plan(recipe: Path, overrides: Sequence[str] = ()) -> Plan:
         if isinstance(method, StructuredCallback):
             # What belongs together is seen by running the model, for which the meta device has no numbers.
             whole = instantiate(config, "model")
+            if config.init_from is not None and Path(config.init_from).exists():
+                for started in (whole, model):
+                    shorten(started, taken_out(Path(config.init_from)))
             method.look(instantiate(config, "data") if config.data is not None else None)
         manager = method.create_manager(whole)
     except SparsetrainError as error:

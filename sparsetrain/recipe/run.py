@@ -23,7 +23,7 @@ from sparsetrain.continual.matrix import reference_metrics
 from sparsetrain.data import DomainSequence
 from sparsetrain.errors import DivergedError, RecipeError
 from sparsetrain.masks import save_masks
-from sparsetrain.recipe.build import Built, build, instantiate, require_lightning
+from sparsetrain.recipe.build import Built, build, instantiate, require_lightning, shorten
 from sparsetrain.recipe.directory import check_resume, last_checkpoint, resumable, resume_path, write_metrics
 from sparsetrain.recipe.domains import check_domains, require_references, run_domains
 from sparsetrain.recipe.flops import flops
@@ -176,7 +176,9 @@ def _facts(config: Namespace, built: Built, model: LightningModule) -> dict[str,
     found = flops(model, built.method.manager if built.method else None, built.data)
     if found and (facts.get("removed") or (facts.get("structure") or {}).get("compacted")):
         # Dense is the model before blocks or units were taken out of it.
-        whole = flops(instantiate(config, "model"), None, built.data)
+        begun = instantiate(config, "model")
+        shorten(begun, built.lineage)
+        whole = flops(begun, None, built.data)
         found["dense"] = whole["dense"] if whole else found["dense"]
     return {"method": facts, "flops": found}
 

@@ -141,3 +141,13 @@ def test_a_smaller_model_goes_on_with_the_next_domain(tiny: Path, cli: Cli, monk
     ended = cli("run", tiny, "--out", "broken", "--ckpt_path", "last")
     assert (ended.code, ended.err) == (0, "")
     assert same(weights("whole"), weights("broken"))
+
+
+def test_plan_and_run_agree_on_a_start_that_is_smaller(tiny: Path, cli: Cli) -> None:
+    assert cli("run", tiny, "--out", "first").code == 0
+    start = ("--init_from", "first", "--method.groups.at_least", "6", "--method.sparsity", "0.55")
+    assert cli("plan", tiny, *start[2:]).code == 0  # of the whole model so much could go
+    planned = cli("plan", tiny, *start)
+    assert planned.code == 2
+    assert "can go" in " ".join(planned.out.split())
+    assert cli("run", tiny, *start, "--out", "second").code == 2

@@ -65,7 +65,7 @@ def test_a_masked_network_ships_as_plain_weights(tiny: Path, cli: Cli) -> None:
     ended = cli("export", "out", "--out", "shipped")
     assert (ended.code, ended.err) == (0, "")
     assert "1,482 parameters, " in ended.out
-    assert 'load it: sparsetrain.export.load_compact("shipped", MLP(...))' in ended.out
+    assert f'load it: sparsetrain.export.load_compact("{Path("shipped").resolve()}", MLP(...))' in ended.out
     network.load_state_dict(load_file("shipped/model.safetensors"), strict=True)
     answers(network)
     assert int((network.fc1.weight == 0).sum()) > 512  # type: ignore[union-attr,operator,arg-type]
@@ -96,7 +96,7 @@ def test_a_language_model_ships_for_stock_transformers(tiny: Path, cli: Cli) -> 
     assert cli("run", tiny, "--out", "out").code == 0
     ended = cli("export", "out", "--out", "shipped")
     assert (ended.code, ended.err) == (0, "")
-    assert 'load it: transformers.LlamaForCausalLM.from_pretrained("shipped")' in ended.out
+    assert 'load it: transformers.LlamaForCausalLM.from_pretrained("' in ended.out
     back = transformers.AutoModelForCausalLM.from_pretrained("shipped")
     own = {name.removeprefix("network."): value for name, value in weights("out").items()}
     assert all(torch.equal(value, own[name]) for name, value in back.state_dict().items())
@@ -135,6 +135,25 @@ def test_what_cannot_ship_is_refused_and_leaves_nothing(tiny: Path, cli: Cli, mo
     assert "does not answer as the network does" in ended.err
     assert not Path("shipped").exists()
     assert contents(Path("out")) == before
+
+
+def test_the_run_itself_is_never_replaced(tiny: Path, cli: Cli) -> None:
+    digits(tiny, MASKED, cli)
+    Path("out/config.json").write_text("{}")
+    ended = cli("export", "out", "--out", "out", "--overwrite")
+    assert (ended.code, "holds the run that is exported" in ended.err) == (2, True)
+    assert Path("out/checkpoints/final.ckpt").is_file()
+
+
+def test_a_network_that_is_another_for_every_task_is_refused(tiny: Path, cli: Cli) -> None:
+    digits(tiny, MASKED, cli)
+    config = Path("out/config.yaml").read_text(encoding="utf-8")
+    packed = config.partition("\nmethod:")[0] + "\nmethod:\n  class_path: PackNet\ntrainer: {max_epochs: 2}\n"
+    Path("out/config.yaml").write_text(packed, encoding="utf-8")
+    ended = cli("export", "out", "--out", "shipped")
+    assert ended.code == 2
+    assert "a mask of its own" in ended.err
+    assert not Path("shipped").exists()
 
 
 def test_a_run_that_does_not_verify_is_refused(tiny: Path, cli: Cli) -> None:
