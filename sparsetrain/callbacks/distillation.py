@@ -106,8 +106,11 @@ class Distillation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the teacher ready, before anything is pruned."""
-        if stage != "fit":
-            return
+        if stage == "fit":
+            self.use(pl_module)
+
+    def use(self, pl_module: LightningModule) -> None:
+        """Make the teacher of a model as it is now, before a model that goes on loses what had been taken out of it."""
         if not pl_module.automatic_optimization:
             raise RecipeError("Distillation adds to the loss that training_step returns, and manual optimization returns none")
         if self._model is pl_module:

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import nn
 
-from sparsetrain.callbacks import SparsityCallback, StructuredCallback
+from sparsetrain.callbacks import Distillation, SparsityCallback, StructuredCallback
 from sparsetrain.checkpoints import matching, read_weights, require_merged, unwrapped
 from sparsetrain.depth import remove_again
 from sparsetrain.errors import MaskStateError, RecipeError, SparsetrainError, nearest
@@ -79,6 +79,8 @@ def build(config: Namespace, *, load: bool = True, resume: Path | None = None) -
             )
         method.use(model)
     if isinstance(method, StructuredCallback) and resume is not None and not load:
+        for teacher in (c for c in callbacks or [] if isinstance(c, Distillation)):
+            teacher.use(model)  # it stays as large as the model was at its start
         method.catch_up([taken for state in _states(read_weights(resume)) for taken in state.get("compacted", [])])
     if config.init_from is not None and load:
         start_from(Path(config.init_from), model, method)

@@ -75,6 +75,18 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     assert_equal_runs("whole", "broken")
 
 
+def test_the_teacher_of_an_interrupted_run_is_as_large_as_at_its_start(
+    tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_text(tiny.read_text() + "callbacks: [{class_path: Distillation, init_args: {weight: 0.7, task: 0.3}}]\n")
+    assert cli("run", tiny, "--out", "whole").code == 0
+    interrupt_at(15, monkeypatch, GroupLasso)
+    assert cli("run", tiny, "--out", "broken").code == 130
+    ended = cli("run", tiny, "--out", "broken", "--ckpt_path", "last")
+    assert ended.code == 0, ended.err
+    assert_equal_runs("whole", "broken")
+
+
 def test_a_run_starts_from_a_compact_one_and_goes_on_when_interrupted(
     tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
