@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         Lost,
         LotteryTickets,
         NMTraining,
+        Noise,
         OneShotPruning,
         PackNet,
         Penalty,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         Supermask,
         TicketRounds,
         Update,
+        VariationalDropout,
     )
     from sparsetrain.data import DomainSequence, RolloutData, TextClassificationData, TextData, VisionData
     from sparsetrain.tasks import (
@@ -84,6 +86,7 @@ _LIGHTNING = {
     "LotteryTickets": "callbacks",
     "Lost": "callbacks",
     "NMTraining": "callbacks",
+    "Noise": "callbacks",
     "OneShotPruning": "callbacks",
     "PackNet": "callbacks",
     "Penalty": "callbacks",
@@ -101,6 +104,7 @@ _LIGHTNING = {
     "TextData": "data",
     "TicketRounds": "callbacks",
     "Update": "callbacks",
+    "VariationalDropout": "callbacks",
     "VisionData": "data",
     "perplexity": "tasks",
     "save_pretrained": "tasks",
@@ -135,6 +139,7 @@ __all__ = [
     "MaskManager",
     "Memory",
     "NMTraining",
+    "Noise",
     "OneShot",
     "OneShotPruning",
     "OneShotReport",
@@ -165,6 +170,7 @@ __all__ = [
     "TicketRounds",
     "Unstructured",
     "Update",
+    "VariationalDropout",
     "VisionData",
     "calibrate",
     "load_masks",

@@ -38,7 +38,7 @@ KNOWS = {
     "checkpoints": "errors targets",
     "distillation": "errors",
     "writing": "errors",
-    "nn": "errors masks writing",
+    "nn": "errors masks penalties writing",
     "export": "errors targets structure writing",
     "structure": "errors patterns targets masks calibration",
     "sensitivity": "errors patterns criteria allocation masks pruning",

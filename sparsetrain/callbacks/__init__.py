@@ -24,6 +24,8 @@ from sparsetrain.callbacks.sparse_lora import SparseLoRA
 from sparsetrain.callbacks.structured import StructuredCallback
 from sparsetrain.callbacks.supermask import Supermask
 from sparsetrain.callbacks.tickets import Control, Lost, TicketRounds
+from sparsetrain.callbacks.variational_dropout import VariationalDropout
+from sparsetrain.callbacks.weight_noise import Noise
 
 __all__ = [
     "NAMES",
@@ -39,6 +41,7 @@ __all__ = [
     "Lost",
     "LotteryTickets",
     "NMTraining",
+    "Noise",
     "OneShotPruning",
     "PackNet",
     "Penalty",
@@ -52,6 +55,7 @@ __all__ = [
     "Supermask",
     "TicketRounds",
     "Update",
+    "VariationalDropout",
 ]
 
 NAMES: dict[str, type[SparsityCallback]] = {
@@ -61,6 +65,7 @@ NAMES: dict[str, type[SparsityCallback]] = {
     "NMTraining": NMTraining,
     "OneShotPruning": OneShotPruning,
     "GroupLasso": GroupLasso,
+    "VariationalDropout": VariationalDropout,
     "ContinualPruning": ContinualPruning,
     "PackNet": PackNet,
     "Supermask": Supermask,
