@@ -34,6 +34,7 @@ bench: $(BIN)/.installed-dev
 	$(BIN)/python -m tests.benchmarks.bench_keeping
 	$(BIN)/python -m tests.benchmarks.bench_continual
 	$(BIN)/python -m tests.benchmarks.bench_proximal
+	$(BIN)/python -m tests.benchmarks.bench_variational
 	$(BIN)/python -m tests.benchmarks.bench_formats
 	$(BIN)/python -m tests.benchmarks.bench_compact
 

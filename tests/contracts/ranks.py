@@ -31,7 +31,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 from transformers.pytorch_utils import Conv1D
 
-from sparsetrain.callbacks import GroupLasso, Groups, Penalty, PruneFinetune
+from sparsetrain.callbacks import GroupLasso, Groups, Noise, Penalty, PruneFinetune, VariationalDropout
+from sparsetrain.callbacks.weight_noise import NoisyWeights
 from sparsetrain.errors import SparsetrainError
 from sparsetrain.masks import MaskManager, Override, sharding
 from sparsetrain.pruning import prune
@@ -372,6 +373,37 @@ def shrunk() -> dict[str, Any]:
         "weights": model.state_dict(),
         "left": method.left(),
         "between": said(lambda: fit_plainly(between, max_steps=10)),
+        "sharded": said(lambda: trainer.fit(ShardedNet(), DataLoader(data(), batch_size=8))),
+    }
+
+
+def noisy() -> dict[str, Any]:
+    """Variational dropout: what is noise at the end, and what it says to a sharded model."""
+    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+
+    def method() -> VariationalDropout:
+        only = Targets(include=("fc1",))
+        return VariationalDropout(kl=5.0, warmup=("1st", "2st"), until="8st", noise=Noise(-5.0, 0.2), targets=only)
+
+    trainer = Trainer(
+        accelerator="cpu", devices=RANKS, strategy=ModelParallelStrategy(RANKS, 1), callbacks=[method()], max_steps=10, **silent
+    )
+    dropout = method()
+    gradients: list[Tensor] = []
+    add = NoisyWeights.gradients
+
+    def watched(self: NoisyWeights, owned: Any, strength: float, scale: float, share: Any) -> None:
+        add(self, owned, strength, scale, lambda grad: gradients.append(grad.clone()) or share(grad))
+
+    NoisyWeights.gradients = watched  # type: ignore[method-assign]
+    try:
+        model = fit_plainly(dropout, max_steps=10)
+    finally:
+        NoisyWeights.gradients = add  # type: ignore[method-assign]
+    return {
+        "weights": model.state_dict(),
+        "masks": dropout.masks.masks,
+        "own": gradients[0],
         "sharded": said(lambda: trainer.fit(ShardedNet(), DataLoader(data(), batch_size=8))),
     }
 

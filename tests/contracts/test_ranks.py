@@ -50,6 +50,7 @@ def work(folder: Path) -> dict[str, Any]:
         "after validation": after_validation(fsdp),
         "left gathered": left_gathered(),
         "shrunk": on.shrunk(),
+        "noisy": on.noisy(),
         "runs": {
             "a loop, DDP": on.loop(ddp),
             "a loop, FSDP2": on.loop(fsdp),
@@ -269,6 +270,16 @@ def test_units_taken_out_are_the_same_on_both_ranks(ranks: Ranks) -> None:
     for rank in (first, second):
         assert "2 processes share their gradients by shapes; use compact: end" in rank["between"]
         assert "sharded (FSDP2): use DDP, or one process" in rank["sharded"]
+
+
+def test_noise_is_learned_alike_on_both_ranks_from_gradients_that_differ(ranks: Ranks) -> None:
+    first, second = (rank["noisy"] for rank in ranks)
+    assert not torch.equal(first["own"], second["own"])
+    assert same(first["weights"], second["weights"])
+    assert same(first["masks"], second["masks"])
+    assert sum(int((~mask).sum()) for mask in first["masks"].values()) > 0
+    for rank in (first, second):
+        assert "VariationalDropout does not train under FSDP2; use ddp" in rank["sharded"]
 
 
 RUNS = [
