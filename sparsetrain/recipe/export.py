@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparsetrain.callbacks import PackNet, Supermask
 from sparsetrain.callbacks.groups import first_training_sample
 from sparsetrain.checkpoints import matching, read_weights, require_merged
+from sparsetrain.data import DomainSequence, RolloutData
 from sparsetrain.data.tokenized import TokenizedData
 from sparsetrain.data.tokens import get_tokenizer
 from sparsetrain.errors import ExportError, RecipeError
@@ -71,15 +72,14 @@ def export_run(run: Path, out: Path, fast: bool = False, overwrite: bool = False
     _require_place(out, overwrite)
     with quiet():
         network, records = _network(config, run)
-        sample = _sample(config, network)
         with tempfile.TemporaryDirectory(dir=_parent(out)) as scratch:
             partial = Path(scratch) / "export"
             if fast:
-                load, notes = _write_fast(network, records, sample, partial)
+                load, notes = _write_fast(config, network, records, partial)
             elif hasattr(network, "save_pretrained") and hasattr(network, "config"):
-                load, notes = _write_transformers(config, run, network, records, sample, partial)
+                load, notes = _write_transformers(config, run, network, records, partial)
             else:
-                load, notes = _write_compact(config, network, records, sample, partial)
+                load, notes = _write_compact(config, network, records, partial)
             if out.exists():
                 out.rename(Path(scratch) / "old")
             partial.rename(out)
@@ -141,11 +141,21 @@ def _inside(record: Compacted, prefix: str) -> Compacted:
     return replace(record, kept=kept, picked=picked, sizes=cut(record.sizes), units=cut(record.units))
 
 
+def _data(config: Namespace) -> Any:
+    """The data of the recipe; of several domains the last, which must still be there."""
+    data = instantiate(config, "data")
+    return data[len(data) - 1] if isinstance(data, DomainSequence) else data
+
+
 def _sample(config: Namespace, network: nn.Module) -> Any:
-    """What the network is verified on: the first training sample."""
+    """What the network is verified on: the first training sample, or where the model makes those, how an episode begins."""
     if config.data is None:
         raise RecipeError("the run's recipe names no data, of which the first sample is what an export is verified on")
-    sample = first_training_sample(instantiate(config, "data"))
+    data = _data(config)
+    if isinstance(data, RolloutData):
+        data.setup("test")
+        data = data.test_dataloader()
+    sample = first_training_sample(data)
     parameter = next(network.parameters())
     return sample.to(parameter.device) if isinstance(sample, Tensor) else sample
 
@@ -160,28 +170,27 @@ def _answer(network: nn.Module, sample: Any) -> Tensor:
 
 
 def _write_transformers(
-    config: Namespace, run: Path, network: Any, records: list[Compacted], sample: Any, partial: Path
+    config: Namespace, run: Path, network: Any, records: list[Compacted], partial: Path
 ) -> tuple[str, list[str]]:
-    tokens = sample if isinstance(sample, Mapping) else {network.main_input_name: sample}
     ordinary, tokenizer = network, None
     if records:
+        sample = _sample(config, network)
+        tokens = sample if isinstance(sample, Mapping) else {network.main_input_name: sample}
         try:
             ordinary = as_ordinary(network, records, lambda model: model(**tokens))
         except ExportError as error:
-            load, notes = _write_compact(config, network, records, sample, partial)
+            load, notes = _write_compact(config, network, records, partial)
             return load, [str(error), *notes]
-    if getattr(config.data.init_args, "tokenizer", None) is not None:
-        data = instantiate(config, "data")
+    data = None if config.data is None else _data(config)
+    if isinstance(data, TokenizedData):
         own = run / "tokenizer"
-        name = str(own) if own.is_dir() else data.tokenizer_name if isinstance(data, TokenizedData) else None
-        tokenizer = None if name is None else get_tokenizer(name)
+        tokenizer = get_tokenizer(str(own) if own.is_dir() else data.tokenizer_name)
     save_pretrained(ordinary, partial, tokenizer)
     return f'transformers.{type(ordinary).__name__}.from_pretrained("{{}}")', []
 
 
-def _write_compact(
-    config: Namespace, network: nn.Module, records: list[Compacted], sample: Any, partial: Path
-) -> tuple[str, list[str]]:
+def _write_compact(config: Namespace, network: nn.Module, records: list[Compacted], partial: Path) -> tuple[str, list[str]]:
+    sample = _sample(config, network)
     save_compact(network, records, partial)
     whole: Any = instantiate(config, "model")
     fresh = whole.network.eval() if isinstance(getattr(whole, "network", None), nn.Module) else whole.eval()
@@ -192,7 +201,8 @@ def _write_compact(
     return f'sparsetrain.export.load_compact("{{}}", {type(network).__name__}(...))', notes
 
 
-def _write_fast(network: nn.Module, records: list[Compacted], sample: Any, partial: Path) -> tuple[str, list[str]]:
+def _write_fast(config: Namespace, network: nn.Module, records: list[Compacted], partial: Path) -> tuple[str, list[str]]:
+    sample = _sample(config, network)
     kind = type(network).__name__
     module = "sparsetrain.export"
     load = f'{module}.InferenceModel.load("{{0}}", {kind}(...))'

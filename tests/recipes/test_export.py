@@ -16,6 +16,7 @@ from sparsetrain.tasks import MLP
 from tests.recipes.conftest import TINY as MASKED
 from tests.recipes.conftest import Cli, contents
 from tests.recipes.test_compact_runs import TINY as COMPACT
+from tests.recipes.test_domain_runs import TINY as DOMAINS
 from tests.recipes.test_run import weights
 
 WORDS = """\
@@ -108,6 +109,17 @@ def test_a_language_model_ships_for_stock_transformers(tiny: Path, cli: Cli) -> 
     assert "no configuration of LlamaForCausalLM has these sizes" in ended.out
     fresh = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained("apart"))
     load_compact("apart", fresh)
+
+
+def test_a_language_model_over_domains_ships_with_its_tokenizer(tiny: Path, cli: Cli) -> None:
+    tiny.write_text(DOMAINS, encoding="utf-8")
+    assert cli("run", tiny, "--out", "out").code == 0
+    ended = cli("export", "out", "--out", "shipped")
+    assert (ended.code, ended.err) == (0, "")
+    transformers = pytest.importorskip("transformers")
+    stock = transformers.AutoTokenizer.from_pretrained("shipped")
+    assert stock("to bé")["input_ids"] == list("to bé".encode())
+    assert transformers.AutoModelForCausalLM.from_pretrained("shipped").config.vocab_size == len(stock)
 
 
 def test_only_an_export_is_replaced(tiny: Path, cli: Cli) -> None:

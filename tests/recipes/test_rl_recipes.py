@@ -9,6 +9,7 @@ import torch
 
 from sparsetrain.data.playing import World, episode_returns
 from sparsetrain.data.rollouts import RolloutData
+from sparsetrain.export import load_compact
 from sparsetrain.tasks import MLP
 from sparsetrain.tasks.policy import PolicyGradient
 from tests.recipes.conftest import Cli
@@ -81,3 +82,13 @@ def test_a_run_that_was_killed_inside_a_cart(tiny: Path, cli: Cli, monkeypatch: 
     ended = cli("run", tiny, *TRAINS, "--out", "out", "--ckpt_path", "last")
     assert (ended.code, ended.err) == (0, ""), ended.err
     assert_equal("out", "whole")
+
+
+def test_a_policy_ships_verified_on_how_an_episode_begins(tiny: Path, cli: Cli) -> None:
+    assert cli("run", tiny, "--out", "out").code == 0
+    ended = cli("export", "out", "--out", "shipped")
+    assert (ended.code, ended.err) == (0, "")
+    network = MLP(4, [16, 16], 2)
+    load_compact("shipped", network)
+    last = torch.load("out/domains/2-light/checkpoints/final.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, last[f"network.{name}"]) for name, value in network.state_dict().items())
