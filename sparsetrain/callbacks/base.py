@@ -71,6 +71,8 @@ class SparsityCallback(Callback):
 
     #: How sparse the targets become follows from the method's other settings: nobody need ask for a sparsity.
     sets_sparsity = False
+    #: What a plan says of a target without a sparsity of its own.
+    follows = "as it is"
     #: The targets share one budget: how much each of them loses is decided when it is pruned.
     pooled = False
 

@@ -47,6 +47,7 @@ class StructuredCallback(SparsityCallback):
     """
 
     sets_sparsity = True
+    follows = "by unit"
 
     def __init__(self, groups: Groups | None, compact: str | None, budget: Measure) -> None:
         super().__init__()

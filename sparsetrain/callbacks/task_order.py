@@ -112,6 +112,7 @@ class TaskMethod(SparsityCallback):
     """
 
     sets_sparsity = True
+    follows = "by task"
     _order: TaskOrder | None = None
 
     # -- to fill in -------------------------------------------------------------------------------------------------------

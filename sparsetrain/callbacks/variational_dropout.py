@@ -73,7 +73,7 @@ class VariationalDropout(SparsityCallback):
     Example: ``Trainer(callbacks=[VariationalDropout(targets=Targets(head=True))])``.
     """
 
-    pooled = True
+    follows = "by noise"
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class VariationalDropout(SparsityCallback):
         if self._sparsity is not None and not 0 < self._sparsity < 1:
             raise RecipeError(f"sparsity={sparsity} must be in (0, 1); leave it out to prune what the threshold says")
         self.sparsity = sparsity
-        self.sets_sparsity = sparsity is None
+        self.sets_sparsity, self.pooled = sparsity is None, sparsity is not None
         self.kl, self.warmup, self.until, self.threshold = kl, tuple(warmup), until, threshold
         self.samples, self.targets = samples, targets or Targets()
         self._low = self._high = self._end = self._n = 0

@@ -19,7 +19,6 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 
 from sparsetrain.callbacks import SparsityCallback, StructuredCallback
-from sparsetrain.callbacks.task_order import TaskMethod
 from sparsetrain.data import DomainSequence
 from sparsetrain.errors import PatternError, RecipeError, SparsetrainError
 from sparsetrain.masks import MaskManager
@@ -156,8 +155,6 @@ def _fill_tensors(result: Plan, method: SparsityCallback, manager: MaskManager) 
             problem = str(error)
             result.problems.append(f"{tensor.name}: {problem}")
         free = method.pooled and tensor.goal is None
-        follows = "by task" if isinstance(method, TaskMethod) else "as it is"
-        follows = "by unit" if isinstance(method, StructuredCallback) else follows
         if free and final is not None:
             shared[final] = shared.get(final, 0) + numel
         else:
@@ -174,7 +171,7 @@ def _fill_tensors(result: Plan, method: SparsityCallback, manager: MaskManager) 
                 None if free or final is None else float(final),
                 None if free else count,
                 problem,
-                "global" if free else follows if final is None else None,
+                "global" if free else method.follows if final is None else None,
             )
         )
     # A pooled budget is rounded down once.
