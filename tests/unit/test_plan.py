@@ -258,6 +258,13 @@ def test_masks_that_are_kept_are_as_they_are(vision: Path, tmp_path: Path) -> No
     assert found.flops.keys() == {"dense"}
 
 
+@pytest.mark.parametrize(("settings", "follows"), [("", "by noise"), (", init_args: {sparsity: 0.9}", "global")])
+def test_noise_decides_unless_a_sparsity_is_asked_for(settings: str, follows: str, vision: Path) -> None:
+    found = plan(other(vision, f"{{class_path: VariationalDropout{settings}}}"))
+    assert (found.problems, {row.follows for row in found.tensors}) == ([], {follows})
+    assert found.pruned == (0 if follows == "by noise" else int(0.9 * found.prunable))
+
+
 ALONE = "{class_path: OneShotPruning, init_args: {sparsity: 0.6, criterion: magnitude}}"
 
 
